@@ -1,0 +1,12 @@
+"""The engine: from a method that knows one block to an optax transformation of any model."""
+
+from kradagrad_jax.engine.grafting import Graft as Graft
+from kradagrad_jax.engine.grafting import as_graft as as_graft
+from kradagrad_jax.engine.layout import Layout as Layout
+from kradagrad_jax.engine.options import BlockState as BlockState
+from kradagrad_jax.engine.report import Coverage as Coverage
+from kradagrad_jax.engine.report import block_factors as block_factors
+from kradagrad_jax.engine.report import describe as describe
+from kradagrad_jax.engine.timing import Interval as Interval
+from kradagrad_jax.engine.timing import Timing as Timing
+from kradagrad_jax.engine.transform import scale_by_blocks as scale_by_blocks

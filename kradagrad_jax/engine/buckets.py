@@ -1,0 +1,88 @@
+"""Moves the blocks of all covered parameters into stacks of equal shape, and back."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kradagrad_jax.engine import trees
+from kradagrad_jax.engine.layout import Leaf, Plan, Tile
+
+
+def _cut(x: jax.Array, leaf: Leaf, tile: Tile) -> jax.Array:
+    """One tile of a leaf ``(stack, *merged)`` as a stack of blocks ``(count, *sizes)``."""
+    whole = all(
+        start == 0 and count * size == dim
+        for start, count, size, dim in zip(*tile, leaf.merged, strict=True)
+    )
+    if not whole:
+        limits = [s + c * n for s, c, n in zip(*tile, strict=True)]
+        x = jax.lax.slice(x, (0, *tile.starts), (leaf.stack, *limits))
+    k = len(tile.sizes)
+    if math.prod(tile.counts) == 1:
+        return x
+    pairs = [n for c, s in zip(tile.counts, tile.sizes, strict=True) for n in (c, s)]
+    x = x.reshape(leaf.stack, *pairs)
+    x = x.transpose(0, *range(1, 2 * k, 2), *range(2, 2 * k + 1, 2))
+    return x.reshape(-1, *tile.sizes)
+
+
+def _paste(blocks: jax.Array, leaf: Leaf, tile: Tile) -> jax.Array:
+    """Inverse of the reshaping of :func:`_cut`: the region ``(stack, *counts * sizes)``."""
+    k = len(tile.sizes)
+    region = tuple(c * n for c, n in zip(tile.counts, tile.sizes, strict=True))
+    if math.prod(tile.counts) == 1:
+        return blocks
+    x = blocks.reshape(leaf.stack, *tile.counts, *tile.sizes)
+    x = x.transpose(0, *(a for i in range(k) for a in (1 + i, 1 + k + i)))
+    return x.reshape(leaf.stack, *region)
+
+
+def gather(plan: Plan, leaves: Sequence[jax.Array]) -> dict[str, jax.Array]:
+    """Blocks of the covered leaves, in factor dtype, by bucket.
+
+    Args:
+      plan: the static layout.
+      leaves: one array per COVERED leaf, in plan order.
+
+    Returns:
+      ``{key: (size, *block shape)}``.
+    """
+    flat = [
+        trees.replicate(x).reshape(leaf.stack, *leaf.merged)
+        for x, leaf in zip(leaves, plan.covered, strict=True)
+    ]
+    out = {}
+    for bucket in plan.buckets:
+        parts = [
+            _cut(flat[slot.leaf], plan.covered[slot.leaf], slot.tile).astype(bucket.dtype)
+            for slot in bucket.slots
+        ]
+        out[bucket.key] = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    return out
+
+
+def scatter(plan: Plan, stacks: dict[str, jax.Array]) -> list[jax.Array]:
+    """Inverse of :func:`gather`: one array per covered leaf, in its shape, in factor dtype."""
+    regions: list[dict[Tile, jax.Array]] = [{} for _ in plan.covered]
+    for bucket in plan.buckets:
+        for slot in bucket.slots:
+            part = jax.lax.slice_in_dim(stacks[bucket.key], slot.offset, slot.offset + slot.count)
+            regions[slot.leaf][slot.tile] = _paste(part, plan.covered[slot.leaf], slot.tile)
+    return [
+        _assemble([parts[t] for t in leaf.tiles], leaf).reshape(leaf.shape)
+        for leaf, parts in zip(plan.covered, regions, strict=True)
+    ]
+
+
+def _assemble(parts: list[jax.Array], leaf: Leaf) -> jax.Array:
+    """Joins the tiles (row-major over at most two runs per mode) along one mode after another."""
+    runs = [len({t.starts[i] for t in leaf.tiles}) for i in range(len(leaf.merged))]
+    for axis in reversed(range(len(runs))):
+        n = runs[axis]
+        if n > 1:
+            parts = [
+                jnp.concatenate(parts[i : i + n], axis=1 + axis) for i in range(0, len(parts), n)
+            ]
+    return parts[0]

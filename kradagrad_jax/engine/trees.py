@@ -1,0 +1,77 @@
+"""Leaves, paths and placement: the little that the engine needs to know about parameter trees."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Leaves (``MaskedNode`` counts as one, so that positions agree) and the tree definition."""
+    return jax.tree.flatten(tree, is_leaf=is_masked)
+
+
+def _name(entry: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def paths_of(tree: Any) -> list[str]:
+    """'/'-joined path per leaf; the trailing box entry of flax's variables is dropped."""
+    out = []
+    for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)[0]:
+        names = [_name(entry) for entry in path]
+        if len(names) > 1 and names[-1] in ("value", "raw_value"):
+            names = names[:-1]
+        out.append("/".join(names))
+    return out
+
+
+def check_dtypes(paths: list[str], leaves: list[Any]) -> None:
+    """Raises ValueError for leaves that no method of this package can precondition."""
+    for path, x in zip(paths, leaves, strict=True):
+        if is_masked(x):
+            continue
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"parameter '{path}' is {x.dtype}: complex parameters are not supported; wrap the "
+                "optimizer in optax.contrib.split_real_and_imaginary"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"parameter '{path}' has dtype {x.dtype}, which is not floating point; leave it "
+                "out with optax.masked or optax.partition"
+            )
+
+
+def explicit_sharding(x: Any) -> NamedSharding | None:
+    """The sharding of an array whose mesh has Explicit axes in use, else None."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    if sharding is None or sharding.mesh.empty:
+        return None
+    types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    used = [a for s in sharding.spec if s for a in (s if isinstance(s, tuple) else (s,))]
+    explicit = any(types[a] == jax.sharding.AxisType.Explicit for a in used)
+    return sharding if explicit else None
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """Gathers an Explicit-sharded array: matrix algebra is ambiguous on sharded matrix axes."""
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*[None] * x.ndim)))
+
+
+def place_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Gives ``x`` the Explicit sharding of ``like`` (no-op elsewhere)."""
+    sharding = explicit_sharding(like)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)

@@ -1,0 +1,45 @@
+"""What a method has to say about ONE block; the engine does the rest."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Factor = Any  # any pytree of arrays without a batch axis
+
+
+class Step(NamedTuple):
+    """Traced scalars that a block method may use; the same for all blocks.
+
+    Attributes:
+      count: step number, from 1 (int32).
+      statistics_count: how many statistics have been folded in, this one included (int32).
+      interval: steps between refreshes (int or int32).
+      first_refresh: whether a refresh at this step is the first one (bool).
+    """
+
+    count: jax.Array
+    statistics_count: jax.Array
+    interval: jax.Array | int
+    first_refresh: jax.Array
+
+
+class BlockMethod(NamedTuple):
+    """A preconditioner of one block as pure functions, as GradientTransformation is for a tree.
+
+    None of them sees a batch axis: the engine maps them over the stack of blocks of a bucket.
+
+    Attributes:
+      init: ``(shape, dtype) -> factor``: any pytree of arrays (nothing of size zero).
+      accumulate: ``(factor, statistic, step) -> factor``. The statistic is the gradient block
+        unless the engine is given another source.
+      refresh: ``(factor, step) -> factor``: the expensive recomputation.
+      precondition: ``(factor, gradient, step) -> block``: the preconditioned gradient block.
+      refresh_cost: ``shape -> float``: relative cost of one refresh, for staggering.
+    """
+
+    init: Callable[[tuple[int, ...], Any], Factor]
+    accumulate: Callable[[Factor, Any, Step], Factor]
+    refresh: Callable[[Factor, Step], Factor]
+    precondition: Callable[[Factor, jax.Array, Step], jax.Array]
+    refresh_cost: Callable[[tuple[int, ...]], float] = lambda shape: float(sum(n**3 for n in shape))

@@ -1,0 +1,27 @@
+"""Pure functions on one matrix: products, factorisations, roots, iterations, array updates.
+
+Nothing here knows of optimizers or parameters. Every function takes ONE matrix and is meant to be
+`vmap`ped over a stack; factorisations go through `lapack`, products through `products`.
+"""
+
+from kradagrad_jax.linalg.arrays import inverse_update as inverse_update
+from kradagrad_jax.linalg.arrays import sr_init as sr_init
+from kradagrad_jax.linalg.arrays import sr_update as sr_update
+from kradagrad_jax.linalg.lapack import cholesky as cholesky
+from kradagrad_jax.linalg.lapack import eigh as eigh
+from kradagrad_jax.linalg.lapack import qr_r as qr_r
+from kradagrad_jax.linalg.lapack import svd as svd
+from kradagrad_jax.linalg.lapack import triangular_inverse as triangular_inverse
+from kradagrad_jax.linalg.newton import inverse_root as inverse_root
+from kradagrad_jax.linalg.newton import newton_schulz_sqrt as newton_schulz_sqrt
+from kradagrad_jax.linalg.newton import positive_root as positive_root
+from kradagrad_jax.linalg.products import matmul as matmul
+from kradagrad_jax.linalg.products import mode_gram as mode_gram
+from kradagrad_jax.linalg.products import multiply_modes as multiply_modes
+from kradagrad_jax.linalg.products import symmetrize as symmetrize
+from kradagrad_jax.linalg.products import unfold as unfold
+from kradagrad_jax.linalg.roots import left_power as left_power
+from kradagrad_jax.linalg.roots import powered_spectrum as powered_spectrum
+from kradagrad_jax.linalg.roots import svd_power as svd_power
+from kradagrad_jax.linalg.roots import symmetric_power as symmetric_power
+from kradagrad_jax.linalg.tracking import refine_eigenbasis as refine_eigenbasis

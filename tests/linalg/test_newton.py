@@ -1,0 +1,239 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kradagrad_jax.linalg import inverse_root, newton_schulz_sqrt, positive_root, symmetric_power
+from tests.linalg.matrices import (
+    FACTORISATIONS,
+    log_uniform,
+    power,
+    primitives,
+    relative_error,
+    with_spectrum,
+)
+
+compiled = jax.jit(inverse_root, static_argnames="p")
+compiled_positive = jax.jit(positive_root, static_argnames="p")
+compiled_square_root = jax.jit(newton_schulz_sqrt)
+
+
+def roots_of(p, **options):
+    return partial(compiled, p=p, **options)
+
+
+def dots(f, *args) -> int:
+    return str(jax.make_jaxpr(f)(*args)).count("dot_general[")
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 6, 8])
+def test_root_and_residual(double, p):
+    a = with_spectrum(log_uniform(16, 1e4))
+    x, error = roots_of(p, damping=0.0, tolerance=1e-12)(jnp.asarray(a))
+    assert error < 1e-12
+    assert relative_error(x, power(a, -1 / p)) < 1e-11
+    assert np.abs(np.linalg.matrix_power(x, p) @ a - np.eye(16)).max() < 1e-8
+    np.testing.assert_array_equal(x, x.T)
+
+
+@pytest.mark.parametrize(("p", "tolerance"), [(2, 3e-9), (4, 1e-9)])
+def test_agrees_with_eigh_at_condition_1e8(double, p, tolerance):
+    a = jnp.asarray(with_spectrum(log_uniform(16, 1e8)))
+    x, _ = roots_of(p, damping=0.0, tolerance=1e-12)(a)
+    assert relative_error(x, np.asarray(symmetric_power(a, -1 / p, 0.0))) < tolerance
+
+
+def test_damping_is_relative_to_the_largest_eigenvalue(double):
+    for spectrum, tolerance in (((0, 1, 2, 30), 1e-9), (np.linspace(0.0, 30.0, 16), 1e-4)):
+        w = np.concatenate([np.zeros(16 - len(spectrum)), spectrum])
+        a = jnp.asarray(with_spectrum(w))
+        x, _ = roots_of(4, damping=1e-2, tolerance=1e-12)(a)
+        assert relative_error(x, np.asarray(symmetric_power(a, -0.25, 1e-2))) < tolerance
+
+
+def test_closed_forms(double):
+    x, _ = compiled(16.0 * jnp.eye(3), 4, 0.0, tolerance=1e-13)
+    np.testing.assert_allclose(x, 0.5 * np.eye(3), rtol=1e-13, atol=1e-14)
+    x, _ = compiled(jnp.array([[81.0]]), 4, 0.0, tolerance=1e-13)
+    np.testing.assert_allclose(x, [[1 / 3]], rtol=1e-13)
+    x, _ = compiled(jnp.array([[5.0, 4.0], [4.0, 5.0]]), 2, 0.0, tolerance=1e-13)
+    np.testing.assert_allclose(x, np.array([[2.0, -1.0], [-1.0, 2.0]]) / 3, rtol=1e-12)
+
+
+# Relative error in float32, n = 64, log-uniform spectrum: kradagrad.md 3.6 within a factor of 10.
+# Columns: inverse root with relative ridge 1e-6, positive root, Newton-Schulz square root.
+MEASURED = {1e2: (1e-5, 4e-6, 6e-7), 1e4: (1e-3, 1e-4, 4e-6), 1e6: (9e-2, 4e-3, 4e-5)}
+
+
+@pytest.mark.parametrize("cond", MEASURED)
+def test_float32_accuracy_is_the_measured_one(cond):
+    a = with_spectrum(log_uniform(64, cond))
+    single = jnp.asarray(a, jnp.float32)
+    inverse, positive, square_root = MEASURED[cond]
+    assert relative_error(roots_of(4)(single)[0], power(a, -0.25)) < 10 * inverse
+    assert relative_error(compiled_positive(single, 4, 1e-7), power(a, 0.25)) < 10 * positive
+    assert relative_error(compiled_square_root(single), power(a, 0.5)) < 10 * square_root
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_positive_root_is_that_of_the_damped_matrix(double, p):
+    a = jnp.asarray(with_spectrum(np.logspace(0, -3, 16)))
+    root = compiled_positive(a, p, 1e-3, tolerance=1e-12)
+    assert relative_error(root, np.asarray(symmetric_power(a, 1 / p, 1e-3))) < 1e-6
+
+
+def test_scaled_start_halves_the_steps(double):
+    """Plain coupled Newton needs 10, 15, 20, 25 steps (shampoo.md 3.3)."""
+    for cond, steps in ((1e2, 8), (1e4, 12), (1e6, 15), (1e8, 18)):
+        a = jnp.asarray(with_spectrum(log_uniform(16, cond)))
+        _, error = roots_of(4, damping=0.0, iterations=steps, tolerance=1e-10)(a)
+        assert error < 1e-9, cond
+        _, error = roots_of(4, damping=0.0, iterations=steps // 2, tolerance=1e-10)(a)
+        assert error > 1e-3, cond
+
+
+@pytest.mark.parametrize("p", [2, 4])
+def test_only_products_in_the_program(p):
+    a = jnp.eye(8)
+    for f in (
+        lambda a: inverse_root(a, p),
+        lambda a: inverse_root(a, p, guess=a),
+        lambda a: positive_root(a, p),
+        newton_schulz_sqrt,
+    ):
+        used = primitives(jax.make_jaxpr(jax.vmap(f))(a[None]))
+        assert "dot_general" in used and not used & FACTORISATIONS
+    eigen = primitives(jax.make_jaxpr(lambda a: symmetric_power(a, -1 / p))(a))
+    assert eigen & FACTORISATIONS  # the search does find them
+
+
+def test_four_products_a_step():
+    a = jnp.eye(8)
+    start = dots(lambda a: inverse_root(a, 1, guess=None), a)  # two products a step
+    assert dots(lambda a: inverse_root(a, 4), a) == start + 2  # N^2, N^4
+
+
+def perturbed(w, size, seed=1):
+    """`a` and a relative change of it of the given size, in every direction alike."""
+    q = np.linalg.qr(np.random.default_rng(0).normal(size=(len(w), len(w))))[0]
+    noise = np.random.default_rng(seed).normal(size=(len(w), len(w))) / np.sqrt(len(w))
+    half = q * np.sqrt(w)
+    return half @ half.T, half @ (np.eye(len(w)) + size / 2 * (noise + noise.T)) @ half.T
+
+
+@pytest.mark.parametrize("p", [2, 4])
+@pytest.mark.parametrize(("cond", "size"), [(1e1, 1e-2), (1e2, 1e-2), (1e4, 1e-3)])
+def test_good_guess_saves_steps(double, p, cond, size):
+    old, new = perturbed(log_uniform(16, cond), size)
+    guess = jnp.asarray(power(old, -1 / p))
+    two = roots_of(p, damping=0.0, iterations=2, guess=guess)
+    x, error = two(jnp.asarray(new))
+    assert error < 1e-2
+    assert relative_error(x, power(new, -1 / p)) < 3e-3
+    assert roots_of(p, damping=0.0, iterations=2)(jnp.asarray(new))[1] > 0.1
+
+
+@pytest.mark.parametrize("bad", [np.zeros((16, 16)), 1e3 * np.eye(16), -np.eye(16)])
+def test_bad_guess_falls_back(double, bad):
+    a = jnp.asarray(with_spectrum(log_uniform(16, 1e4)))
+    expected, _ = roots_of(4, tolerance=1e-10)(a)
+    for guess in (jnp.asarray(bad), jnp.full((16, 16), jnp.nan)):
+        x, error = roots_of(4, tolerance=1e-10, guess=guess)(a)
+        assert error < 1e-9
+        np.testing.assert_allclose(x, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_guess_that_does_not_commute_is_checked(double):
+    """Close to the root in norm, but its residual cannot fall by the iteration: cold start."""
+    old, new = perturbed(log_uniform(16, 1e7), 3e-2)
+    guess = jnp.asarray(power(old, -0.25))
+    x, error = roots_of(4, damping=0.0, tolerance=1e-8, guess=guess)(jnp.asarray(new))
+    assert error < 1e-6
+    assert relative_error(x, power(new, -0.25)) < 1e-6
+
+
+def test_stack_mixes_good_and_bad_guesses(double):
+    old, new = perturbed(log_uniform(16, 1e2), 1e-3)
+    a = jnp.asarray(np.stack([new, new, np.zeros_like(new)]))
+    good = power(old, -0.25)
+    guesses = jnp.asarray(np.stack([good, -good, good]))
+    x, errors = jax.jit(jax.vmap(lambda a, g: inverse_root(a, 4, 0.0, guess=g)))(a, guesses)
+    assert np.all(errors < 1e-2)
+    assert relative_error(x[0], power(new, -0.25)) < 1e-3
+    assert relative_error(x[1], power(new, -0.25)) < 1e-6
+    np.testing.assert_array_equal(x[2], 0.0)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e18, 1e36])
+def test_extreme_sizes_in_float32(size):
+    a = with_spectrum(log_uniform(16, 1e3))
+    x, error = roots_of(4)(jnp.asarray(size * a, jnp.float32))
+    assert error < 1e-4
+    assert relative_error(np.asarray(x, np.float64) * size**0.25, power(a, -0.25)) < 1e-3
+    root = compiled_square_root(jnp.asarray(size * a, jnp.float32))
+    assert relative_error(np.asarray(root, np.float64) / size**0.5, power(a, 0.5)) < 1e-4
+
+
+@jax.jit
+def values_and_gradients(a):
+    functions = (lambda a: inverse_root(a, 4)[0], lambda a: positive_root(a, 4), newton_schulz_sqrt)
+    return [jax.value_and_grad(lambda a, f=f: jnp.sum(f(a)))(a) for f in functions]
+
+
+@pytest.mark.parametrize("matrix", [np.zeros((4, 4)), np.ones((4, 4)), np.diag([1.0, 0, 0, 0])])
+def test_singular_matrices(matrix):
+    a = jnp.asarray(matrix, jnp.float32)
+    for value, gradient in values_and_gradients(a):
+        assert jnp.isfinite(value) and jnp.all(jnp.isfinite(gradient))
+    expected = symmetric_power(a, -0.25, 1e-6)
+    np.testing.assert_allclose(compiled(a, 4)[0], expected, rtol=1e-2, atol=1e-6)
+
+
+def test_bad_input_is_reported():
+    x, error = compiled(jnp.eye(4).at[0, 0].set(jnp.nan), 4)
+    assert not jnp.any(jnp.isfinite(x)) and jnp.isnan(error)
+
+
+def test_too_few_steps_are_reported(double):
+    a = jnp.asarray(with_spectrum(log_uniform(16, 1e6)))
+    assert roots_of(4, iterations=3)(a)[1] > 0.5
+
+
+def test_derivatives_are_those_of_the_matrix_function(double):
+    a = jnp.asarray(with_spectrum(np.logspace(0, -2, 6)))
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(6, 6)))
+    pairs = [
+        (lambda a, d: inverse_root(a, 4, d, tolerance=1e-12)[0], -0.25),
+        (lambda a, d: positive_root(a, 4, d, tolerance=1e-12), 0.25),
+        (lambda a, d: newton_schulz_sqrt(a) + 0.0 * d, 0.5),
+    ]
+    for f, exponent in pairs:
+        rule = "none" if exponent == 0.5 else "relative"
+        gradient, reference = (
+            jax.jit(jax.grad(lambda a, d, g=g: jnp.vdot(g(a, d), weights), argnums=(0, 1)))(a, 0.1)
+            for g in (f, lambda a, d, e=exponent, r=rule: symmetric_power(a, e, d, r))
+        )
+        np.testing.assert_allclose(gradient[0], reference[0], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(gradient[1], reference[1], rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_of_a_stack():
+    a = jnp.asarray(np.stack([with_spectrum(log_uniform(6, 10.0, s)) for s in range(3)]), "float32")
+    guess = jax.vmap(lambda a: symmetric_power(a, -0.25, 1e-6))(a)
+    total = jax.jit(
+        jax.grad(lambda a: jnp.sum(jax.vmap(lambda a, g: inverse_root(a, 4, guess=g)[0])(a, guess)))
+    )
+    assert jnp.all(jnp.isfinite(total(a)))
+
+
+def test_errors_come_while_tracing():
+    with pytest.raises(ValueError, match="positive Python int"):
+        inverse_root(jnp.eye(2), 0)
+    with pytest.raises(ValueError, match="even p"):
+        inverse_root(jnp.eye(2), 3, guess=jnp.eye(2))
+    with pytest.raises(ValueError, match="square matrix"):
+        positive_root(jnp.ones((2, 3)), 2)
+    with pytest.raises(TypeError, match="cast the matrix first"):
+        newton_schulz_sqrt(jnp.eye(2, dtype=jnp.bfloat16))
