@@ -1,10 +1,12 @@
 """Moves the blocks of all covered parameters into stacks of equal shape, and back."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kradagrad_jax.engine import trees
 from kradagrad_jax.engine.layout import Leaf, Plan, Tile
@@ -86,3 +88,47 @@ def _assemble(parts: list[jax.Array], leaf: Leaf) -> jax.Array:
                 jnp.concatenate(parts[i : i + n], axis=1 + axis) for i in range(0, len(parts), n)
             ]
     return parts[0]
+
+
+def _owners(plan: Plan) -> tuple[dict[str, np.ndarray], list[int]]:
+    """Per bucket the number of the parameter (or layer of a stacked one) that owns each block."""
+    first = list(itertools.accumulate((leaf.stack for leaf in plan.covered), initial=0))
+    owners = {}
+    for bucket in plan.buckets:
+        ids = [
+            first[slot.leaf]
+            + np.repeat(np.arange(plan.covered[slot.leaf].stack), math.prod(slot.tile.counts))
+            for slot in bucket.slots
+        ]
+        owners[bucket.key] = np.concatenate(ids)
+    return owners, first
+
+
+def rescale(
+    plan: Plan, stacks: dict[str, jax.Array], targets: Sequence[jax.Array]
+) -> dict[str, jax.Array]:
+    """Gives the blocks of each parameter the joint norm of its target.
+
+    Args:
+      plan: the static layout.
+      stacks: blocks by bucket.
+      targets: one array per covered leaf. Layers of a stacked parameter are rescaled one by one.
+
+    Returns:
+      Blocks by bucket.
+    """
+    owners, first = _owners(plan)
+    wide = jnp.result_type(*stacks.values())
+    lengths = [
+        jnp.sum(jnp.square(trees.replicate(d).reshape(leaf.stack, -1)), axis=1).astype(wide)
+        for d, leaf in zip(targets, plan.covered, strict=True)
+    ]
+    squares = jnp.zeros(first[-1], wide)
+    for key, x in stacks.items():
+        sums = jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))).astype(wide)
+        squares = squares.at[owners[key]].add(sums)
+    scale = jnp.sqrt(jnp.concatenate(lengths)) / (jnp.sqrt(squares) + jnp.finfo(wide).tiny)
+    return {
+        key: x * scale[owners[key]].astype(x.dtype).reshape((-1,) + (1,) * (x.ndim - 1))
+        for key, x in stacks.items()
+    }

@@ -1,5 +1,6 @@
 """One update of the engine, in the order of the Shampoo specification (section 3)."""
 
+import functools
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ def update(
     """Preconditioned updates and the next state. See :func:`scale_by_blocks`."""
     leaves, treedef = trees.flatten(updates)
     real = [i for i, x in enumerate(leaves) if not trees.is_masked(x)]
-    count = optax.safe_increment(state.count)
+    count = jnp.asarray(optax.safe_increment(state.count))
     if not real:
         return updates, state._replace(count=count)
     plan = plan_of(updates, o.layout, o.factor_dtype)
@@ -38,22 +39,23 @@ def update(
 
     raw = [leaves[i] for i in real]
     g = [x.astype(factor_dtype_of(x.dtype)) for x in raw]
-    usable = _usable(g)
+    blocks = buckets.gather(plan, [g[leaf.index] for leaf in plan.covered])
+    usable = _usable(plan, blocks, g)
     skipped = state.skipped + jnp.where(usable, 0, 1).astype(jnp.int32)
     accepted = jnp.maximum(count - skipped, 1)
 
     mu, filtered = _average(o, _slots(state.mu, real, len(leaves)), g, accepted, usable)
     nu = _squares(grafts, _slots(state.nu, real, len(leaves)), g, usable)
-    blocks = buckets.gather(plan, [g[leaf.index] for leaf in plan.covered])
     factors, statistics_count, rejected, step = _factors(
         o, plan, state, blocks, count, usable, extra
     )
     out = _directions(grafts, nu, filtered, accepted)
-    _precondition(o, plan, factors, blocks, g, filtered, out, step)
+    _precondition(o, plan, factors, blocks, g, filtered, out, step, usable)
     fallback = _own_fallback(o, plan, updates, state, real, out, usable)
+    for index, _, _, _ in plan.uncovered:
+        out[index] = jnp.where(usable, out[index], 0)
     for j, x in enumerate(raw):
-        u = jnp.where(usable, out[j], 0).astype(x.dtype)
-        leaves[real[j]] = trees.place_like(u, x)
+        leaves[real[j]] = trees.place_like(out[j].astype(x.dtype), x)
     return treedef.unflatten(leaves), BlockState(
         count=count,
         statistics_count=statistics_count,
@@ -66,10 +68,19 @@ def update(
     )
 
 
-def _usable(g: Leaves) -> jax.Array:
-    """Whether the squared norm of every gradient is finite: else the whole step is skipped."""
-    good = [jnp.isfinite(jnp.sum(x * x)) for x in g if x.size]
-    return jnp.all(jnp.stack([trees.replicate(x) for x in good])) if good else jnp.asarray(True)
+def _usable(plan: Plan, blocks: dict[str, jax.Array], g: Leaves) -> jax.Array:
+    """Whether the squared norm of the gradient is finite: else the whole step is skipped.
+
+    One reduction per bucket and one over all other leaves: a reduction per leaf would be copied
+    into the kernel of every leaf, and compile time would grow with the square of the depth.
+    """
+    sums = [jnp.sum(x * x) for x in blocks.values()]
+    rest = [trees.replicate(g[index]).reshape(-1) for index, _, _, _ in plan.uncovered]
+    if rest:
+        dtype = jnp.result_type(*rest)
+        flat = jnp.concatenate([x.astype(dtype) for x in rest])
+        sums.append(jnp.sum(flat * flat))
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(x) for x in sums])
 
 
 def _slots(tree: Any, real: list[int], size: int) -> Leaves:
@@ -140,7 +151,7 @@ def _factors(
     factors, rejected = state.factors, jnp.zeros((), jnp.int32)
     every = timing_lib.interval_at(o.refresh_every, count)
     statistics = o.source(plan, blocks, extra)
-    taken = state.statistics_count
+    taken, due = state.statistics_count, False
     if statistics is not None:
         interval = timing_lib.interval_at(o.statistics_every, count)
         due = usable & timing_lib.statistics_due(count, interval, o.timing)
@@ -188,32 +199,39 @@ def _precondition(
     filtered: Leaves,
     out: Leaves,
     step: Step,
+    usable: jax.Array,
 ) -> None:
-    """Replaces the direction of every covered leaf by the grafted, preconditioned one."""
+    """Replaces the direction of every covered leaf by the grafted, preconditioned one.
+
+    Everything happens on whole buckets; a leaf is touched once, when its blocks are cut out again
+    (each such cut is a kernel of its own to compile).
+    """
     covered = [leaf.index for leaf in plan.covered]
     if not covered:
         return
     if any(filtered[j] is not g[j] for j in covered):
         blocks = buckets.gather(plan, [filtered[j] for j in covered])
-    u_blocks = stacks.precondition(o.method, factors, blocks, step)
-    grafted = o.graft.kind != "none"
-    if grafted and o.graft.per == "block":
-        d_blocks = buckets.gather(plan, [out[j] for j in covered])
-        u_blocks = {k: _rescale_blocks(u, d_blocks[k]) for k, u in u_blocks.items()}
+    u = stacks.precondition(o.method, factors, blocks, step)
+    directions = [out[j] for j in covered]
+    if o.graft.kind != "none":
+        if o.graft.per == "block":
+            d_blocks = buckets.gather(plan, directions)
+            u = {k: jax.vmap(_rescale)(x, d_blocks[k]) for k, x in u.items()}
+        else:
+            u = buckets.rescale(plan, u, directions)
+    u = {k: jnp.where(usable, x, 0) for k, x in u.items()}
     share = timing_lib.blend(step.count, o.timing)
-    for j, u in zip(covered, buckets.scatter(plan, u_blocks), strict=True):
-        d = trees.replicate(out[j])
-        u = u.astype(d.dtype)
-        if grafted and o.graft.per == "parameter":
-            u = grafting.rescale(u, grafting.norm(d))
+    for j, x, d in zip(covered, buckets.scatter(plan, u), directions, strict=True):
+        x = x.astype(d.dtype)
         if share is not None:
             s = share.astype(d.dtype)
-            u = jnp.where(s > 0, s * u + (1 - s) * d, d)
-        out[j] = u
+            d = trees.replicate(d)
+            x = jnp.where(usable, jnp.where(s > 0, s * x + (1 - s) * d, d), 0)
+        out[j] = x
 
 
-def _rescale_blocks(u: jax.Array, d: jax.Array) -> jax.Array:
-    return jax.vmap(lambda a, b: grafting.rescale(a, grafting.norm(b)))(u, d)
+def _rescale(u: jax.Array, d: jax.Array) -> jax.Array:
+    return grafting.rescale(u, grafting.norm(d))
 
 
 def _own_fallback(

@@ -1,6 +1,6 @@
 """The engine: a block method becomes an optax transformation of a whole tree of parameters."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ def scale_by_blocks(
         **extra: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        return step.update(options, updates, state, extra)
+        return step.update(options, updates, cast(BlockState, state), extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -103,19 +103,23 @@ def scale_by_blocks(
 def _init(o: Options, params: Any) -> BlockState:
     leaves, treedef = trees.flatten(params)
     real = [i for i, x in enumerate(leaves) if not trees.is_masked(x)]
-    counts = [jnp.zeros((), jnp.int32) for _ in range(4)]  # no shared buffers: donation
+    # four arrays, not one four times: donated states must not share buffers
+    counts = [jnp.zeros((), jnp.int32) for _ in range(4)]
+    state = BlockState(*counts, mu=None, nu=None, factors={}, fallback=None)  # type: ignore
     if not jax.tree.leaves(params):  # optax's placeholder stands for "like the parameters"
         slot = params
-        return BlockState(
-            *counts, None if o.beta1 is None else slot, slot, slot,
-            o.fallback.init(params) if runs_fallback(o) else None,
-        )  # fmt: skip
+        return state._replace(
+            mu=None if o.beta1 is None else slot,
+            nu=slot,
+            factors=slot,
+            fallback=o.fallback.init(params) if runs_fallback(o) else None,
+        )
     plan = plan_of(params, o.layout, o.factor_dtype)
     grafts = grafts_of(o, plan)
     owned = [grafts[j] is not None or not runs_fallback(o) for j in range(len(real))]
 
     def tree_of(dtype: Any, wanted: list[bool]) -> Any:
-        out = [optax.MaskedNode()] * len(leaves)
+        out: list[Any] = [optax.MaskedNode()] * len(leaves)
         for j, i in enumerate(real):
             if wanted[j] and 0 not in leaves[i].shape:
                 own = dtype or factor_dtype_of(leaves[i].dtype)
@@ -123,10 +127,9 @@ def _init(o: Options, params: Any) -> BlockState:
         return treedef.unflatten(out)
 
     squares = [g is not None and g.adaptive for g in (grafts[j] for j in range(len(real)))]
-    return BlockState(
-        *counts,
+    return state._replace(
         mu=None if o.beta1 is None else tree_of(o.mu_dtype, owned),
         nu=tree_of(None, squares) if any(squares) else None,
         factors=stacks.init(o.method, plan),
         fallback=o.fallback.init(uncovered_only(params, plan)) if runs_fallback(o) else None,
-    )  # fmt: skip
+    )

@@ -198,16 +198,21 @@ def alternating_method(o: KradOptions) -> BlockMethod:
 
     def refresh(factor: KronFactor, step: Step) -> KronFactor:
         e = 0.5 if o.exponent is None else o.exponent
+        # every mode has its first turn within the first k steps
+        early = step._replace(
+            first_refresh=step.first_refresh | (step.count <= len(factor.statistics))
+        )
 
         def one(mode: int):
             return lambda: compute(factor.statistics[mode], factor.preconditioners[mode], e, step)
 
-        # with a refresh at every step only the mode of this step has changed
-        skip = jnp.asarray(step.interval == 1) & ~jnp.asarray(step.first_refresh)
+        # A mode that was never updated keeps P = I, and with a refresh at every step only the
+        # mode of this step has changed.
         mode = scheduled(factor, step)
+        every_mode = jnp.asarray(step.interval != 1) | step.first_refresh
         return factor._replace(
             preconditioners=tuple(
-                jax.lax.cond(skip & (mode != i), lambda p=p: p, one(i))
+                jax.lax.cond((step.count > i) & (every_mode | (mode == i)), one(i), lambda p=p: p)
                 for i, p in enumerate(factor.preconditioners)
             )
         )

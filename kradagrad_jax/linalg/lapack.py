@@ -6,6 +6,9 @@ as there are pool threads, nobody is left to do the pieces and the program hangs
 machines hit this all the time. Here `jax.vmap` of a factorisation becomes `jax.lax.map` (a loop of
 unbatched calls) where the program runs on CPU, and stays batched on every other platform.
 
+A matrix that is not finite gives NaN everywhere and never reaches LAPACK, whose SVD does not
+return from an infinity.
+
 All functions take ONE matrix: float32 or float64, never half precision (cast first), and are
 meant to be `vmap`ped, any number of times. They differentiate in forward and in reverse mode;
 the derivatives use only products with primal outputs, and directions in which the factorisation
@@ -127,15 +130,21 @@ def _loop(single: Callable[[jax.Array], Any], stack: jax.Array) -> Any:
 
 
 def _stackable(factorise: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
-    """Give `factorise` a vmap rule that loops on CPU (see the module docstring)."""
-    single = jax.custom_batching.custom_vmap(factorise)
+    """Give `factorise` a guard and a vmap rule that loops on CPU (see the module docstring)."""
+
+    def guarded(a: jax.Array) -> Any:
+        finite = jnp.all(jnp.isfinite(a))
+        out = factorise(jnp.where(finite, a, 0.0))
+        return jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), out)
+
+    single = jax.custom_batching.custom_vmap(guarded)
 
     @single.def_vmap
     def rule(axis_size, in_batched, a):
         del axis_size
         if in_batched[0]:
             out = jax.lax.platform_dependent(
-                a, cpu=lambda stack: _loop(single, stack), default=jax.vmap(factorise)
+                a, cpu=lambda stack: _loop(single, stack), default=jax.vmap(guarded)
             )
         else:
             out = single(a)

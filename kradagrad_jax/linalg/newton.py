@@ -154,14 +154,15 @@ def _matrix_power(a: jax.Array, p: int) -> jax.Array:
     """Return `a ** p` for a static p >= 0 by repeated squaring."""
     if p == 0:
         return jnp.eye(a.shape[0], dtype=a.dtype)
-    result = None
-    while True:
-        if p % 2:
-            result = a if result is None else matmul(result, a)
-        p //= 2
-        if p == 0:
-            return result
+    while p % 2 == 0:
         a = matmul(a, a)
+        p //= 2
+    result = a
+    while p := p // 2:
+        a = matmul(a, a)
+        if p % 2:
+            result = matmul(result, a)
+    return result
 
 
 def _largest_eigenvalue(a: jax.Array) -> jax.Array:

@@ -177,7 +177,7 @@ def _symmetric_power_jvp(rule, primals, tangents):
 
     inner = matmul(v.T, matmul(symmetrize(tangents[0]), v))
     values, value_tangents = jax.jvp(
-        lambda *args: powered_spectrum(*args, rule),
+        lambda w, e, d: powered_spectrum(w, e, d, rule),
         (w, exponent, damping),
         (jnp.diagonal(inner), *tangents[1:]),
     )
@@ -214,21 +214,23 @@ def _svd_power(r, exponent, floor, damping, relative):
 
 @_svd_power.defjvp
 def _svd_power_jvp(relative, primals, tangents):
-    r, *scalars = primals
+    r, exponent, floor, damping = primals
     u, s, vt = svd(r)
     # absolute damping: the result does not depend on the unit; relative: it is held fixed
-    unit = _unit(s, *scalars[1:], relative)
+    unit = _unit(s, floor, damping, relative)
     s = s / unit
     x = s * s
     inner = s[:, None] * matmul(u.T, matmul(tangents[0] / unit, vt.T))
     inner = inner + inner.T
     values, value_tangents = jax.jvp(
-        lambda x, *scalars: _square_power(x, unit, *scalars, relative),
-        (x, *scalars),
+        lambda x, e, f, d: _square_power(x, unit, e, f, d, relative),
+        (x, exponent, floor, damping),
         (jnp.diagonal(inner), *tangents[1:]),
     )
     slopes = jax.jvp(
-        lambda x: _square_power(x, unit, *scalars, relative), (x,), (jnp.ones_like(x),)
+        lambda x: _square_power(x, unit, exponent, floor, damping, relative),
+        (x,),
+        (jnp.ones_like(x),),
     )[1]
     tangent = _spectral_tangent(vt.T, x, values, slopes, inner, value_tangents)
     return _spectral_matrix(vt.T, values), tangent

@@ -3,10 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kradagrad_jax.linalg import inverse_update, sr_init, sr_update, svd_power, symmetric_power
+from kradagrad_jax import linalg
+from kradagrad_jax.linalg import inverse_update, sr_init, sr_update
 from tests.linalg.matrices import log_uniform, orthogonal, power, relative_error
 
 update = jax.jit(sr_update)
+svd_power = jax.jit(linalg.svd_power)
+symmetric_power = jax.jit(linalg.symmetric_power, static_argnames="rule")
 decayed_update = jax.jit(lambda r, u, decay: sr_update(r, u, decay))
 
 
@@ -139,7 +142,7 @@ def test_stacks_and_derivatives():
         inverse = jax.vmap(inverse_update)(r, u)
         return jnp.sum(updated @ jnp.swapaxes(updated, -1, -2)) + jnp.sum(inverse)
 
-    for gradient in jax.grad(total, argnums=(0, 1))(r, u):
+    for gradient in jax.jit(jax.grad(total, argnums=(0, 1)))(r, u):
         assert jnp.all(jnp.isfinite(gradient)) and jnp.any(gradient != 0.0)
     assert jax.jit(lambda eps: sr_init(2, eps, jnp.float32))(4.0)[0, 0] == 2.0
 

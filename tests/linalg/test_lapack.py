@@ -146,6 +146,15 @@ def test_derivatives_of_invariants_at_equal_eigenvalues(double):
 
 
 @every_function
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_bad_matrices_return_at_once_and_spoil_nothing_else(f, value):
+    """LAPACK's divide-and-conquer SVD never returns from an infinity."""
+    stack = jnp.stack([jnp.eye(3), jnp.eye(3).at[0, 0].set(value)])
+    for out in jax.tree.leaves(jax.jit(jax.vmap(f))(stack)):
+        assert jnp.all(jnp.isfinite(out[0])) and jnp.all(jnp.isnan(out[1]))
+
+
+@every_function
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32])
 def test_other_dtypes_are_refused_while_tracing(f, dtype):
     with pytest.raises(TypeError, match=f"{f.__name__} needs float32 or float64"):

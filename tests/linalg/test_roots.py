@@ -3,8 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kradagrad_jax.linalg import left_power, powered_spectrum, svd_power, symmetric_power
+from kradagrad_jax import linalg
 from tests.linalg.matrices import log_uniform, orthogonal, power, relative_error, with_spectrum
+
+# Compiled, because op-by-op execution would compile every small operation for every shape.
+symmetric_power = jax.jit(linalg.symmetric_power, static_argnames="rule")
+powered_spectrum = jax.jit(linalg.powered_spectrum, static_argnames="rule")
+svd_power, left_power = jax.jit(linalg.svd_power), jax.jit(linalg.left_power)
 
 RULES = ("relative", "absolute", "shift", "pseudo", "none")
 every_rule = pytest.mark.parametrize("rule", RULES)
@@ -12,8 +17,8 @@ both_signs = pytest.mark.parametrize("exponent", [-0.25, 0.5])
 
 
 @every_rule
-@both_signs
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@both_signs
 def test_identity(double, rule, exponent, dtype):
     damping = 0.0 if rule in ("pseudo", "none") else 0.5
     root = symmetric_power(4.0 * jnp.eye(5, dtype=dtype), exponent, damping, rule)
@@ -144,18 +149,16 @@ def finite(x):
     return bool(jnp.all(jnp.isfinite(x)))
 
 
+value_and_gradient = jax.jit(
+    jax.value_and_grad(lambda *args: jnp.sum(linalg.symmetric_power(*args))), static_argnums=3
+)
+
+
 @every_rule
 @both_signs
 @pytest.mark.parametrize("matrix", [np.zeros((4, 4)), np.eye(4), np.ones((4, 4)), -np.eye(4)])
 def test_singular_matrices_give_finite_roots_and_derivatives(rule, exponent, matrix):
-    a = jnp.asarray(matrix, jnp.float32)
-    damping = 1e-4
-
-    @jax.jit
-    def both(a):
-        return jax.value_and_grad(lambda a: jnp.sum(symmetric_power(a, exponent, damping, rule)))(a)
-
-    value, gradient = both(a)
+    value, gradient = value_and_gradient(jnp.asarray(matrix, jnp.float32), exponent, 1e-4, rule)
     assert finite(value) and finite(gradient)
 
 
@@ -163,7 +166,7 @@ def test_zero_stays_zero():
     zero = jnp.zeros((3, 3))
     np.testing.assert_array_equal(symmetric_power(zero, -0.25, 1e-6), zero)
     np.testing.assert_array_equal(svd_power(zero, -0.25), zero)
-    assert finite(jax.grad(lambda r: jnp.sum(svd_power(r, -0.25)))(zero))
+    assert finite(jax.jit(jax.grad(lambda r: jnp.sum(svd_power(r, -0.25))))(zero))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -188,14 +191,24 @@ def test_derivatives_at_equal_eigenvalues(double, rule, exponent):
     # The largest eigenvalue, which scales the damping of "relative", has only one-sided
     # derivatives where it is multiple: take a simple one.
     a = a.at[3, 3].set(2.5)
-    tangent = jax.jvp(curve, (jnp.float64(0),), (jnp.float64(1),))[1]
+    tangent = jax.jit(jax.jacfwd(curve))(jnp.float64(0))
     difference = (curve(jnp.float64(step)) - curve(jnp.float64(-step))) / (2 * step)
     np.testing.assert_allclose(tangent, difference, rtol=1e-6, atol=1e-6)
-    cotangent = jax.grad(lambda a: jnp.vdot(symmetric_power(a, exponent, damping, rule), direction))
-    forward = jax.jvp(lambda a: symmetric_power(a, exponent, damping, rule), (a,), (direction,))[1]
-    np.testing.assert_allclose(
-        jnp.vdot(cotangent(a), direction), jnp.vdot(forward, direction), rtol=1e-10
-    )
+
+
+@every_rule
+def test_both_modes_agree(double, rule):
+    a = jnp.asarray(with_spectrum(np.arange(1.0, 7.0)))
+    direction = jnp.asarray(np.random.default_rng(0).normal(size=(6, 6)))
+
+    @jax.jit
+    def modes(a):
+        def f(a):
+            return jnp.vdot(linalg.symmetric_power(a, -0.25, 0.1, rule), direction)
+
+        return jnp.vdot(jax.grad(f)(a), direction), jax.jvp(f, (a,), (direction,))[1]
+
+    np.testing.assert_allclose(*modes(a), rtol=1e-10)
 
 
 def test_derivatives_of_svd_power_at_equal_singular_values(double):
@@ -205,7 +218,7 @@ def test_derivatives_of_svd_power_at_equal_singular_values(double):
     def curve(t):
         return svd_power(jnp.eye(5) + t * direction, t - 0.25, t * t, 0.1 + t)
 
-    tangent = jax.jvp(curve, (jnp.float64(0),), (jnp.float64(1),))[1]
+    tangent = jax.jit(jax.jacfwd(curve))(jnp.float64(0))
     difference = (curve(jnp.float64(1e-5)) - curve(jnp.float64(-1e-5))) / 2e-5
     np.testing.assert_allclose(tangent, difference, rtol=1e-7, atol=1e-7)
 
@@ -221,8 +234,10 @@ def test_traced_exponent_and_damping_in_a_stack():
 
 def test_errors_come_while_tracing():
     with pytest.raises(ValueError, match="rule must be one of"):
-        symmetric_power(jnp.eye(2), 1.0, 0.0, "ridge")
+        linalg.symmetric_power(jnp.eye(2), 1.0, 0.0, "ridge")
     with pytest.raises(TypeError, match="float32 or float64"):
-        jax.eval_shape(lambda a: symmetric_power(a, 1.0), jax.ShapeDtypeStruct((2, 2), "bfloat16"))
+        jax.eval_shape(
+            lambda a: linalg.symmetric_power(a, 1.0), jax.ShapeDtypeStruct((2, 2), "bfloat16")
+        )
     with pytest.raises(ValueError, match="square"):
-        jax.eval_shape(lambda a: svd_power(a, 1.0), jax.ShapeDtypeStruct((3, 2), "float32"))
+        jax.eval_shape(lambda a: linalg.svd_power(a, 1.0), jax.ShapeDtypeStruct((3, 2), "float32"))

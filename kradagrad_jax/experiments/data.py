@@ -1,0 +1,87 @@
+"""Data sets that install without a download of their own."""
+
+import gzip
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kradagrad_jax.experiments.names import UsageError
+
+FASHION_VARIABLE = "KRADAGRAD_JAX_FASHION_MNIST"
+_FASHION_FOLDER = Path("usr", "share", "datasets", "fashion-mnist")
+
+
+class Images(NamedTuple):
+    """Flattened images and labels.
+
+    Attributes:
+      x: ``(n, pixels)`` float32 in [0, 1].
+      y: ``(n,)`` int32.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+
+
+class Split(NamedTuple):
+    """Training and validation images."""
+
+    train: Images
+    valid: Images
+
+
+def digits() -> Split:
+    """scikit-learn's 1797 digits of 8x8 pixels: 1500 for training, 297 for validation.
+
+    The order is shuffled once (by the same seed always), since neighbours share a writer.
+    """
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(x))
+    images = Images((x[order] / 16).astype(np.float32), y[order].astype(np.int32))
+    return Split(Images(*(a[:1500] for a in images)), Images(*(a[1500:] for a in images)))
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """A gzipped IDX file of bytes, in its own shape."""
+    raw = gzip.decompress(path.read_bytes())
+    rank = raw[3]
+    shape = np.frombuffer(raw, ">u4", rank, offset=4).astype(int)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def fashion_folder() -> Path:
+    """The folder of the four Fashion-MNIST files.
+
+    It is the one named by the environment variable, else that of the Debian package, else that
+    package unpacked into ``.data`` of the working directory (``make data``).
+
+    Raises:
+      UsageError: it is nowhere; says how to get it.
+    """
+    named = os.environ.get(FASHION_VARIABLE)
+    system = Path(os.sep) / _FASHION_FOLDER
+    folders = [Path(named)] if named else [system, Path(".data") / _FASHION_FOLDER]
+    for folder in folders:
+        if (folder / "train-images-idx3-ubyte.gz").is_file():
+            return folder
+    raise UsageError(
+        f"Fashion-MNIST is not in {' or '.join(str(f) for f in folders)}. Install Debian's package "
+        "(apt-get install dataset-fashion-mnist), unpack it without root (make data), or set "
+        f"{FASHION_VARIABLE} to a folder with the four files *-ubyte.gz"
+    )
+
+
+def fashion_mnist() -> Split:
+    """Fashion-MNIST: 60,000 training and 10,000 validation images of 28x28 pixels, 10 classes."""
+    folder = fashion_folder()
+
+    def images(kind: str) -> Images:
+        x = read_idx(folder / f"{kind}-images-idx3-ubyte.gz")
+        y = read_idx(folder / f"{kind}-labels-idx1-ubyte.gz")
+        return Images(x.reshape(len(x), -1).astype(np.float32) / 255, y.astype(np.int32))
+
+    return Split(images("train"), images("t10k"))
