@@ -6,6 +6,9 @@ as there are pool threads, nobody is left to do the pieces and the program hangs
 machines hit this all the time. Here `jax.vmap` of a factorisation becomes `jax.lax.map` (a loop of
 unbatched calls) where the program runs on CPU, and stays batched on every other platform.
 
+A stack sharded over its leading axis is gathered on CPU (and refused if the mesh axis is
+Explicit): to split it, call these inside `jax.shard_map`.
+
 A matrix that is not finite gives NaN everywhere and never reaches LAPACK, whose SVD does not
 return from an infinity.
 

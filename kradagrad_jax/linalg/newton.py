@@ -123,7 +123,7 @@ def newton_schulz_sqrt(a: jax.Array, iterations: int = 25) -> jax.Array:
         frozen = (y, z, jnp.full_like(error, -1.0))
         return jax.tree.map(lambda old, fresh: jnp.where(keep, old, fresh), frozen, new)
 
-    start = (a / norm, eye, jnp.full_like(norm, jnp.inf))
+    start = (a / norm, _alike(eye, norm), _alike(jnp.full_like(norm, jnp.inf), norm))
     y, _, _ = jax.lax.fori_loop(0, iterations, step, start)
     return y * jnp.sqrt(norm) * jnp.sqrt(scale)
 
@@ -173,7 +173,8 @@ def _largest_eigenvalue(a: jax.Array) -> jax.Array:
     columns = jnp.sum(fixed * fixed, axis=0)
     # The heaviest column points at the top eigenvector; the irregular part forbids orthogonality.
     irregular = jnp.cos(2.4 * jnp.arange(a.shape[0], dtype=a.dtype))
-    start = fixed[:, jnp.argmax(columns)] + irregular * jnp.sqrt(jnp.mean(columns))
+    heaviest = (columns == jnp.max(columns)).astype(a.dtype)
+    start = matmul(fixed, heaviest) + irregular * jnp.sqrt(jnp.mean(columns))
 
     def step(_, v):
         v = matmul(fixed, v)
@@ -196,13 +197,19 @@ def _distance(m: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(m - jnp.eye(m.shape[0], dtype=m.dtype)))
 
 
+def _alike(value: jax.Array, x: jax.Array) -> jax.Array:
+    """Return `value`, typed to vary over a mesh as the scalar `x` does (for loops in shard_map)."""
+    return jnp.where(x == x, value, value)
+
+
 def _cold(a: jax.Array, ridge: jax.Array, p: int) -> _Iterate:
     """Start at a multiple of the identity, the eigenvalues of `m` in (0, 1]."""
     bound = _spectral_bound(a)
     m = a / bound
     low = jnp.maximum(0.5 * ridge / bound, 2.0 * jnp.finfo(a.dtype).eps)
     x = bound ** (-1.0 / p) * jnp.eye(a.shape[0], dtype=a.dtype)
-    return _Iterate(x, m, _distance(m), low, jnp.int32(0), jnp.bool_(True))
+    error = _distance(m)
+    return _Iterate(x, m, error, low, _alike(jnp.int32(0), error), _alike(jnp.bool_(True), error))
 
 
 def _warm(a: jax.Array, guess: jax.Array, p: int) -> _Iterate:
@@ -213,7 +220,9 @@ def _warm(a: jax.Array, guess: jax.Array, p: int) -> _Iterate:
     error = _distance(m)
     # Even powers hide signs: a positive diagonal is what can be asked for cheaply.
     active = (error < _LOCAL) & (jnp.min(jnp.diagonal(x)) > 0.0)
-    return _Iterate(x, m, error, jnp.ones_like(error), jnp.int32(0), active)
+    return _Iterate(
+        x, m, error, _alike(jnp.ones_like(error), error), _alike(jnp.int32(0), error), active
+    )
 
 
 def _step(state: _Iterate, p: int, iterations: jax.Array, tolerance: jax.Array) -> _Iterate:

@@ -70,8 +70,11 @@ def _jacobi_angles(coupling: jax.Array, w: jax.Array) -> jax.Array:
     place = jnp.arange(w.shape[0])
     order = jnp.where(place[None, :] > place[:, None], 1.0, -1.0).astype(w.dtype)
     sign = jax.lax.stop_gradient(jnp.where(gap == 0.0, order, jnp.sign(gap)))
-    base = jnp.where(coupling == 0.0, 1.0, jnp.abs(gap))  # arctan2(0, 0) has no derivative
-    return 0.5 * jnp.arctan2(2.0 * sign * coupling, base)
+    scale = _nonzero(jnp.max(jnp.abs(w)))  # so that the squares stay in range
+    sine = 2.0 * sign * coupling / scale
+    cosine = jnp.where(coupling == 0.0, 1.0, jnp.abs(gap) / scale)  # of twice the angle, both
+    tangent = sine / (cosine + jnp.sqrt(cosine * cosine + sine * sine))
+    return tangent / (1.0 + 0.28 * tangent * tangent)  # arctan to 0.005, at a third of its cost
 
 
 def _weights(angles: jax.Array, coupling: jax.Array) -> jax.Array:
@@ -94,6 +97,6 @@ def _rotation_size(square: jax.Array) -> jax.Array:
 
 def _moved(w: jax.Array, coupling: jax.Array, generator: jax.Array, step: jax.Array) -> jax.Array:
     """Eigenvalues after the rotation, to second order; never across zero."""
-    change = (2.0 * step - step * step) * jnp.sum(jnp.tan(generator) * coupling, axis=1)
+    change = (2.0 * step - step * step) * jnp.sum(generator * coupling, axis=1)
     moved = w - change
     return jnp.where(moved * jnp.sign(w) > 0.0, moved, w)

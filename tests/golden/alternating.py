@@ -27,7 +27,7 @@ def build_alternating(
         "root_damping": 0.0 if c["iterative_roots"] else ridge,
         "exponent": exponent,
         "layout": layout,
-        **schedule(c["stat_every"], 1, c["root_every"], 1, c["start"] + 1),
+        **schedule(c["stat_every"], 1, c["root_every"], 1, c["start"] + 1, True),
     }
     rounded = "removed" not in file.source
     fresh = c["root_every"] == 1 and c["start"] <= 1

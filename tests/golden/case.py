@@ -82,14 +82,24 @@ NEVER = 2**30
 
 
 def schedule(
-    statistics_every: int, statistics_phase: int, refresh_every: int, refresh_phase: int, start: int
+    statistics_every: int,
+    statistics_phase: int,
+    refresh_every: int,
+    refresh_phase: int,
+    start: int,
+    after_statistics: bool = False,
 ) -> dict[str, Any]:
     """Timing arguments for statistics and roots due at `t % every == phase` (t from 1).
 
     The public option has one phase for both; where the two disagree the statistics' interval is
-    given as a function of the count.
+    given as a function of the count. `after_statistics`: no root before there is a statistic.
     """
-    first = next(t for t in range(1, refresh_every + 1) if (t - refresh_phase) % refresh_every == 0)
+
+    def first_due(every: int, phase: int, since: int = 1) -> int:
+        return next(t for t in range(since, since + every) if (t - phase) % every == 0)
+
+    since = first_due(statistics_every, statistics_phase) if after_statistics else 1
+    first = first_due(refresh_every, refresh_phase, since)
     common = next(
         (
             phase

@@ -36,7 +36,7 @@ def build(file: Recorded, params: dict[str, jax.Array]) -> Case:
         "graft": "sgd" if c["graft"] else "none",
         "layout": layout,
         # the reference counts roots of the alternating method from 0, all else from 1
-        **schedule(c["stat_every"], 0, c["root_every"], 0 if star else 1, c["start"]),
+        **schedule(c["stat_every"], 0, c["root_every"], 0 if star else 1, c["start"], True),
     }
 
     def scale_by(order: int) -> optax.GradientTransformation:

@@ -86,9 +86,14 @@ def _depth(x: Any) -> int:
     return 1 + _depth(x[0]) if isinstance(x, list) and x else int(isinstance(x, list))
 
 
+def _first(x: Any) -> Any:
+    """The first number, or the empty list, at the bottom of a nested list."""
+    return _first(x[0]) if isinstance(x, list) and x else x
+
+
 def _matrices(x: Any, dtype: np.dtype) -> list[np.ndarray]:
     """Flattens [block][mode] or an already flat list to a list of square matrices."""
-    if not x:
+    if not x or not np.asarray(_first(x)).size:
         return []
     if _depth(x) == 2:
         return [np.asarray(x, dtype)]

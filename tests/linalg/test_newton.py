@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -29,7 +30,7 @@ def dots(f, *args) -> int:
     return str(jax.make_jaxpr(f)(*args)).count("dot_general[")
 
 
-@pytest.mark.parametrize("p", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 8])
 def test_root_and_residual(double, p):
     a = with_spectrum(log_uniform(16, 1e4))
     x, error = roots_of(p, damping=0.0, tolerance=1e-12)(jnp.asarray(a))
@@ -228,6 +229,23 @@ def test_gradient_of_a_stack():
         jax.grad(lambda a: jnp.sum(jax.vmap(lambda a, g: inverse_root(a, 4, guess=g)[0])(a, guess)))
     )
     assert jnp.all(jnp.isfinite(total(a)))
+
+
+def test_loops_inside_shard_map():
+    mesh = jax.make_mesh((1,), ("d",))
+    a = jnp.stack([jnp.eye(4), 16.0 * jnp.eye(4)])
+
+    def roots(a):
+        plain = jax.vmap(lambda a: inverse_root(a, 4, 0.0)[0])(a)
+        warm = jax.vmap(lambda a: inverse_root(a, 4, 0.0, guess=0.6 * a)[0])(a)
+        return plain, warm, jax.vmap(newton_schulz_sqrt)(a)
+
+    spec = jax.sharding.PartitionSpec("d")
+    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else nullcontext():
+        a = jax.device_put(a, jax.sharding.NamedSharding(mesh, spec))
+        out = jax.jit(jax.shard_map(roots, mesh=mesh, in_specs=spec, out_specs=spec))(a)
+    for root, value in zip(out, (0.5, 0.5, 4.0), strict=True):
+        np.testing.assert_allclose(root[1], value * np.eye(4), rtol=1e-5, atol=1e-6)
 
 
 def test_errors_come_while_tracing():
