@@ -104,14 +104,20 @@ ENTRIES = [
     _entry("kradagrad-newton", "kradagrad", 3e-2, (MATMUL_ONLY,), root="newton", graft="none"),
 ]
 
-over_aliases = pytest.mark.parametrize("entry", ALIASES, ids=lambda e: e.name)
-over_entries = pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
+
+def _over(entries: list[Entry]):
+    """Parametrisation; tests of one entry share a worker, and so its compiled programs."""
+    params = [pytest.param(e, id=e.name, marks=pytest.mark.xdist_group(e.name)) for e in entries]
+    return pytest.mark.parametrize("entry", params)
+
+
+over_aliases = _over(ALIASES)
+over_entries = _over(ENTRIES)
 
 
 def having(claim: str):
     """Parametrisation over the entries with a claim."""
-    chosen = [e for e in ENTRIES if claim in e.claims]
-    return pytest.mark.parametrize("entry", chosen, ids=lambda e: e.name)
+    return _over([e for e in ENTRIES if claim in e.claims])
 
 
 # The small tree that most tests use, so that compiled programs are shared between tests.

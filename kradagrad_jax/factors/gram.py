@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kradagrad_jax.factors.kron import KronFactor, apply_dense, init_kron
+from kradagrad_jax.factors.kron import KronFactor, apply_square_root, init_kron
 from kradagrad_jax.factors.method import BlockMethod, Step
 from kradagrad_jax.factors.roots import default_exponent, make_root
-from kradagrad_jax.linalg import mode_gram, sr_update, svd_power, symmetrize, unfold
+from kradagrad_jax.linalg import mode_gram, sr_update, svd_root, symmetrize, unfold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class PendingFactor(NamedTuple):
 
     Attributes:
       statistics: per mode R ``(n_i, n_i)``, upper triangular, ``R^T R`` = statistic.
-      preconditioners: per mode ``(n_i, n_i)``.
+      preconditioners: per mode K ``(n_i, n_i)`` with ``P = K K^T``.
       pending: ``(fold_every, *block shape)``: weighted gradients, zero where unused.
     """
 
@@ -116,7 +116,8 @@ def array_method(
     """Shampoo with square-root statistics: float32 with the quality of float64.
 
     The state holds R with ``R^T R = S`` and is updated by QR of ``[sqrt(b) R; sqrt(w) U^T]``; the
-    root comes from the singular values of R.
+    root comes from the singular values of R. The preconditioner is kept as K with P = K K^T and
+    applied in two products per mode: assembled, its rounding errors would reach all directions.
     """
     k = form.fold_every
     safeguard = {"floor": 0.0, "damping": damping}
@@ -166,7 +167,7 @@ def array_method(
             scale = 1 / _bias(beta2, step.statistics_count, dtype)
         return factor._replace(
             preconditioners=tuple(
-                svd_power(jnp.sqrt(scale) * r, e, **safeguard, relative=damping_rule == "relative")
+                svd_root(jnp.sqrt(scale) * r, e, **safeguard, relative=damping_rule == "relative")
                 for r in statistics
             )
         )
@@ -175,7 +176,7 @@ def array_method(
         init=init,
         accumulate=accumulate,
         refresh=refresh,
-        precondition=lambda factor, g, step: apply_dense(
+        precondition=lambda factor, g, step: apply_square_root(
             KronFactor(factor.statistics, factor.preconditioners), g
         ),
         refresh_cost=lambda shape: 2.0 * sum(n**3 for n in shape),

@@ -204,7 +204,8 @@ def alternating_method(o: KradOptions) -> BlockMethod:
         )
 
         def one(mode: int):
-            return lambda: compute(factor.statistics[mode], factor.preconditioners[mode], e, step)
+            old = factor.preconditioners[mode]
+            return lambda: compute(factor.statistics[mode], old, e, early)
 
         # A mode that was never updated keeps P = I, and with a refresh at every step only the
         # mode of this step has changed.

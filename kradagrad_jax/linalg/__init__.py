@@ -23,5 +23,6 @@ from kradagrad_jax.linalg.products import unfold as unfold
 from kradagrad_jax.linalg.roots import left_power as left_power
 from kradagrad_jax.linalg.roots import powered_spectrum as powered_spectrum
 from kradagrad_jax.linalg.roots import svd_power as svd_power
+from kradagrad_jax.linalg.roots import svd_root as svd_root
 from kradagrad_jax.linalg.roots import symmetric_power as symmetric_power
 from kradagrad_jax.linalg.tracking import refine_eigenbasis as refine_eigenbasis

@@ -70,5 +70,6 @@ def _stacked_factor(top: jax.Array, bottom: jax.Array) -> jax.Array:
     """Triangular factor of the rows of both, in units that keep column norms in range."""
     rows = jnp.concatenate([top, bottom])
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(rows)))
-    unit = jnp.where(largest == 0.0, 1.0, largest)
+    exponent = jnp.frexp(largest)[1]  # a power of two: scaling rounds nothing
+    unit = jnp.where(largest == 0.0, 1.0, jnp.ldexp(jnp.ones_like(largest), exponent))
     return unit * qr_r(rows / unit)

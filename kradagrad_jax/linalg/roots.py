@@ -99,6 +99,35 @@ def svd_power(
     return _svd_power(r, exponent, floor, damping, relative)
 
 
+def svd_root(
+    r: jax.Array,
+    exponent: ArrayLike,
+    floor: ArrayLike = 0.0,
+    damping: ArrayLike = 0.0,
+    relative: bool = False,
+) -> jax.Array:
+    """Return `k` with `k k^T = svd_power(r, ...)`: the eigenvectors, scaled.
+
+    Multiplying by `k^T` and then by `k` keeps rounding errors of an ill-conditioned power in the
+    directions where it is large; multiplying by the assembled power spreads them over all.
+
+    Args:
+      r, exponent, floor, damping, relative: as in `svd_power`.
+
+    Returns:
+      (n, n) of the dtype of `r`.
+
+    Raises:
+      TypeError, ValueError: as `lapack.svd`.
+    """
+    exponent, floor, damping = (_scalar(x, r.dtype) for x in (exponent, floor, damping))
+    # of r^T, not of r: LAPACK's divide and conquer loses small singular values of graded rows
+    v, s, _ = svd(r.T)
+    unit = _unit(s, floor, damping, relative)
+    half = 0.5 * exponent
+    return v * _square_power((s / unit) ** 2, unit, half, floor, damping, relative)
+
+
 def left_power(
     k: jax.Array, exponent: ArrayLike, floor: ArrayLike = 0.0, damping: ArrayLike = 0.0
 ) -> jax.Array:

@@ -5,24 +5,27 @@ import jax.numpy as jnp
 
 from kradagrad_jax.linalg.products import matmul, symmetrize
 
-_LARGEST_ROTATION = 0.65  # norm of the generator; keeps the output within 0.2 of orthonormal
-_CROWD = 1.0  # norm of all rotations above which small off-diagonal entries give way
+_LARGEST_ROTATION = 0.9  # norm of the generator; keeps the output within 0.2 of orthonormal
+_CROWD = 0.7  # norm of all rotations above which the useless ones give way
+_SMALL = 0.3  # angles below this are never held back one by one
 
 
 def refine_eigenbasis(a: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Refine an approximate orthonormal eigenbasis once (five matrix products).
+    """Refine an approximate orthonormal eigenbasis once (six matrix products).
 
     The iteration of Ogita and Aishima (Japan J. Indust. Appl. Math. 35, 2018, Algorithm 1), which
     converges quadratically and restores orthonormality, with its rotations replaced so that a step
     from anywhere is safe and makes progress: Jacobi angles (at most 45 degrees, also between equal
-    diagonal entries) for every pair at once, the smallest entries weighted down while there are
-    too many, the generator limited in norm and exponentiated to second order. Off-diagonal entries
-    at rounding level are left alone, so clusters of equal eigenvalues need no special case.
+    diagonal entries) for every pair at once; large angles of small entries, which mark close
+    eigenvalues and change little, weighted down while there are many; the generator limited in
+    norm and nearly exponentiated. Entries at rounding level are left alone, so clusters of equal
+    eigenvalues need no special case. After a change of `a` by 1% one step leaves about a tenth of
+    the error of a stale basis in a root of `a`.
 
     Args:
       a: (n, n) symmetric, float32 or float64.
       q: (n, n), within about 0.2 of orthonormal (in norm of `q^T q - I`): the previous result, or
-        the identity to start with. From the identity expect 20 (n = 64) to 50 (n = 128) steps.
+        the identity to start with. From the identity expect 15 to 40 steps (n = 64 to 128).
 
     Returns:
       `(w, q_new)`: eigenvalues (n,) to go with the columns of `q_new` (n, n), in no order. The
@@ -42,7 +45,10 @@ def refine_eigenbasis(a: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]
     square = matmul(generator, generator)
     size = _rotation_size(square)
     step = jnp.where(size > _LARGEST_ROTATION, _LARGEST_ROTATION / _nonzero(size), 1.0)
-    change = step * generator + (0.5 * step * step) * square + 0.5 * defect
+    # The cubic coefficient 1/8 makes the factor orthogonal to sixth order in the generator.
+    rotation = step * generator + 0.5 * step**2 * square
+    rotation = rotation + 0.125 * step**3 * matmul(square, generator)
+    change = rotation + 0.5 * defect
     return _moved(w, coupling, generator, step), q + matmul(q, change)
 
 
@@ -78,15 +84,16 @@ def _jacobi_angles(coupling: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _weights(angles: jax.Array, coupling: jax.Array) -> jax.Array:
-    """Weights in [0, 1], below one only if the rotations together are too large to make at once."""
-    angles, coupling = jax.lax.stop_gradient((angles, jnp.abs(coupling)))
+    """Weights in [0, 1], below one for large angles only, and only when there are too many."""
+    angles, coupling = jax.lax.stop_gradient((jnp.abs(angles), jnp.abs(coupling)))
     weights = jnp.sqrt(coupling / _nonzero(jnp.max(coupling)))
+    held = (angles > _SMALL) & (_skew_norm(angles) > _CROWD)
+    gain = _CROWD / _nonzero(_skew_norm(jnp.where(held, weights * angles, 0.0)))
+    return jnp.where(held, jnp.minimum(jnp.maximum(gain, 1.0) * weights, 1.0), 1.0)
 
-    def norm(x):  # a skew matrix has its singular values in pairs
-        return jnp.sqrt(0.5 * jnp.sum(x * x))
 
-    gain = jnp.maximum(_CROWD / _nonzero(norm(weights * angles)), 1.0)
-    return jnp.where(norm(angles) > _CROWD, jnp.minimum(gain * weights, 1.0), 1.0)
+def _skew_norm(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(0.5 * jnp.sum(x * x))  # singular values of a skew matrix come in pairs
 
 
 def _rotation_size(square: jax.Array) -> jax.Array:
