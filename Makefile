@@ -32,7 +32,7 @@ test-fast: $(STAMPS)/dev ## every test that is not marked slow
 lint: $(STAMPS)/dev ## ruff (rules and format) and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(STAMPS)/dev ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
