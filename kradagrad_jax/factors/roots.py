@@ -67,9 +67,9 @@ def _tracked(
 ) -> jax.Array:
     """New square root ``K = Q f(w)^(1/2)`` of the preconditioner, Q an approximate eigenbasis."""
     tiny = jnp.finfo(k.dtype).tiny
-    basis = k / jnp.maximum(jnp.sqrt(jnp.sum(k * k, axis=0)), tiny)
+    basis = k / jnp.maximum(jnp.sqrt(jnp.sum(k * k, axis=0, keepdims=True)), tiny)
     w, q = jax.lax.cond(step.first_refresh, lambda: eigh(s), lambda: refine_eigenbasis(s, basis))
-    return q * jnp.sqrt(powered_spectrum(w, exponent, damping, rule))
+    return q * jnp.sqrt(powered_spectrum(w, exponent, damping, rule))[None, :]
 
 
 def default_exponent(shape: tuple[int, ...], exponent: Any, scale: float) -> Any:

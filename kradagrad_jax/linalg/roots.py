@@ -125,7 +125,7 @@ def svd_root(
     v, s, _ = svd(r.T)
     unit = _unit(s, floor, damping, relative)
     half = 0.5 * exponent
-    return v * _square_power((s / unit) ** 2, unit, half, floor, damping, relative)
+    return v * _square_power((s / unit) ** 2, unit, half, floor, damping, relative)[None, :]
 
 
 def left_power(

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.registry import DEFAULTS, ENTRIES, FACTORIZATIONS, primitives
+from tests.optax_contract.entries import DEFAULTS, ENTRIES, FACTORIZATIONS, primitives
 from tests.x64 import x64
 
 every = pytest.mark.parametrize("entry", ENTRIES, ids=str)
@@ -359,7 +359,7 @@ def test_nothing_is_printed(capsys):
 
 HANG = """
 import jax, jax.numpy as jnp
-from tests.registry import ENTRIES
+from tests.optax_contract.entries import ENTRIES
 p = {f"w{i}": jax.random.normal(jax.random.key(i), (24 + 8 * (i % 3), 24)) for i in range(8)}
 for entry in ENTRIES:
     kw = {} if "staggered" in entry.name else {"refresh_every": 1}
@@ -388,7 +388,7 @@ def test_no_hang_with_default_flags():
 EXPLICIT = """
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from tests.registry import ENTRIES
+from tests.optax_contract.entries import ENTRIES
 for kind in (AxisType.Explicit, AxisType.Auto):
     mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,))
     with jax.set_mesh(mesh):
