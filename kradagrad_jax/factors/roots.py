@@ -43,13 +43,13 @@ def make_root(kind: str, damping: Any, rule: Any) -> Root:
     if kind == "eigh":
         return Root(lambda s, p, e, step: symmetric_power(s, e, damping, rule), apply_dense)
     if kind == "newton":
-        return Root(lambda s, p, e, step: _newton(s, e, damping), apply_dense)
+        return Root(lambda s, p, e, step: _newton(s, p, e, damping), apply_dense)
     if kind == "tracked":
         return Root(lambda s, k, e, step: _tracked(s, k, e, damping, rule, step), apply_square_root)
     raise ValueError(f"root must be 'eigh', 'newton' or 'tracked', got {kind!r}")
 
 
-def _newton(s: jax.Array, exponent: Any, damping: Any) -> jax.Array:
+def _newton(s: jax.Array, old: jax.Array, exponent: Any, damping: Any) -> jax.Array:
     if not isinstance(exponent, (int, float)):
         raise ValueError(
             "root='newton' needs a fixed exponent: name it in static_args of inject_hyperparams"
@@ -58,7 +58,8 @@ def _newton(s: jax.Array, exponent: Any, damping: Any) -> jax.Array:
     if abs(p * abs(exponent) - 1.0) > 1e-9:
         raise ValueError(f"root='newton' needs an exponent 1/p with an integer p, got {exponent}")
     if exponent < 0:
-        return inverse_root(s, p, damping)[0]
+        x, error = inverse_root(s, p, damping)
+        return jnp.where(error < 0.1, x, old)  # not converged (or NaN): the previous root serves on
     return positive_root(s, p, jnp.maximum(damping, 1e-6))
 
 

@@ -8,6 +8,7 @@ from kradagrad_jax.linalg import inverse_update, sr_init, sr_update
 from tests.linalg.matrices import log_uniform, orthogonal, power, relative_error
 
 update = jax.jit(sr_update)
+update_inverse = jax.jit(inverse_update)
 svd_power = jax.jit(linalg.svd_power)
 symmetric_power = jax.jit(linalg.symmetric_power, static_argnames="rule")
 decayed_update = jax.jit(lambda r, u, decay: sr_update(r, u, decay))
@@ -107,7 +108,7 @@ def test_delayed_folding_gives_the_same_root(double):
 def test_inverse_form_is_exact(double):
     gradients, initial = stream(8, 3, 100, decades=2), 10.0
     k = sr_init(8, initial, "float64")
-    k = folded(k, gradients, jax.jit(inverse_update))
+    k = folded(k, gradients, update_inverse)
     information = np.eye(8) / initial + np.einsum("tij,tkj->ik", gradients, gradients)
     assert relative_error(k @ k.T, np.linalg.inv(information)) < 1e-12
     np.testing.assert_array_equal(np.tril(k, -1), 0.0)
@@ -126,10 +127,10 @@ def test_inverse_form_of_a_moving_average(double):
 
 def test_zero_gradient_changes_nothing(double):
     r = folded(sr_init(5, 1e-2, "float64"), stream(5, 2, 3))
-    k = folded(sr_init(5, 1e2, "float64"), stream(5, 2, 3), inverse_update)
+    k = folded(sr_init(5, 1e2, "float64"), stream(5, 2, 3), update_inverse)
     zero = jnp.zeros((5, 2))
-    np.testing.assert_allclose(jnp.abs(sr_update(r, zero)), jnp.abs(r), rtol=1e-14, atol=1e-15)
-    np.testing.assert_allclose(jnp.abs(inverse_update(k, zero)), jnp.abs(k), rtol=1e-14, atol=0)
+    np.testing.assert_allclose(jnp.abs(update(r, zero)), jnp.abs(r), rtol=1e-14, atol=1e-15)
+    np.testing.assert_allclose(jnp.abs(update_inverse(k, zero)), jnp.abs(k), rtol=1e-14, atol=0)
 
 
 def test_stacks_and_derivatives():

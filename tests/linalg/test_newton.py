@@ -30,7 +30,7 @@ def dots(f, *args) -> int:
     return str(jax.make_jaxpr(f)(*args)).count("dot_general[")
 
 
-@pytest.mark.parametrize("p", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("p", [1, 2, 3, 4])
 def test_root_and_residual(double, p):
     a = with_spectrum(log_uniform(16, 1e4))
     x, error = roots_of(p, damping=0.0, tolerance=1e-12)(jnp.asarray(a))
@@ -80,7 +80,7 @@ def test_float32_accuracy_is_the_measured_one(cond):
     assert relative_error(compiled_square_root(single), power(a, 0.5)) < 10 * square_root
 
 
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("p", [1, 4])
 def test_positive_root_is_that_of_the_damped_matrix(double, p):
     a = jnp.asarray(with_spectrum(np.logspace(0, -3, 16)))
     root = compiled_positive(a, p, 1e-3, tolerance=1e-12)
@@ -127,14 +127,14 @@ def perturbed(w, size, seed=1):
 
 
 @pytest.mark.parametrize("p", [2, 4])
-@pytest.mark.parametrize(("cond", "size"), [(1e1, 1e-2), (1e2, 1e-2), (1e4, 1e-3)])
+@pytest.mark.parametrize(("cond", "size"), [(1e1, 1e-2), (1e2, 2e-3), (1e4, 1e-4)])
 def test_good_guess_saves_steps(double, p, cond, size):
     old, new = perturbed(log_uniform(16, cond), size)
     guess = jnp.asarray(power(old, -1 / p))
     two = roots_of(p, damping=0.0, iterations=2, guess=guess)
     x, error = two(jnp.asarray(new))
-    assert error < 1e-2
-    assert relative_error(x, power(new, -1 / p)) < 3e-3
+    assert error < 1e-3
+    assert relative_error(x, power(new, -1 / p)) < 5e-4
     assert roots_of(p, damping=0.0, iterations=2)(jnp.asarray(new))[1] > 0.1
 
 
@@ -148,13 +148,15 @@ def test_bad_guess_falls_back(double, bad):
         np.testing.assert_allclose(x, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_guess_that_does_not_commute_is_checked(double):
-    """Close to the root in norm, but its residual cannot fall by the iteration: cold start."""
-    old, new = perturbed(log_uniform(16, 1e7), 3e-2)
-    guess = jnp.asarray(power(old, -0.25))
-    x, error = roots_of(4, damping=0.0, tolerance=1e-8, guess=guess)(jnp.asarray(new))
-    assert error < 1e-6
-    assert relative_error(x, power(new, -0.25)) < 1e-6
+def test_result_of_a_guess_is_better_than_the_guess_or_cold(double):
+    """Where the guess cannot be improved by the iteration its residual says so."""
+    for cond, size in ((1e2, 1e-2), (1e4, 1e-2), (1e7, 3e-2)):
+        old, new = perturbed(log_uniform(16, cond), size)
+        guess, expected = power(old, -0.25), power(new, -0.25)
+        x, error = roots_of(4, damping=0.0, guess=jnp.asarray(guess))(jnp.asarray(new))
+        assert error < 1e-3
+        before = relative_error(guess @ new, expected @ new)
+        assert relative_error(x @ new, expected @ new) < 0.7 * before, cond
 
 
 def test_stack_mixes_good_and_bad_guesses(double):
@@ -163,7 +165,7 @@ def test_stack_mixes_good_and_bad_guesses(double):
     good = power(old, -0.25)
     guesses = jnp.asarray(np.stack([good, -good, good]))
     x, errors = jax.jit(jax.vmap(lambda a, g: inverse_root(a, 4, 0.0, guess=g)))(a, guesses)
-    assert np.all(errors < 1e-2)
+    assert np.all(errors < 1e-3)
     assert relative_error(x[0], power(new, -0.25)) < 1e-3
     assert relative_error(x[1], power(new, -0.25)) < 1e-6
     np.testing.assert_array_equal(x[2], 0.0)

@@ -17,14 +17,12 @@ both_signs = pytest.mark.parametrize("exponent", [-0.25, 0.5])
 
 
 @every_rule
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @both_signs
-def test_identity(double, rule, exponent, dtype):
+def test_identity(double, rule, exponent):
     damping = 0.0 if rule in ("pseudo", "none") else 0.5
-    root = symmetric_power(4.0 * jnp.eye(5, dtype=dtype), exponent, damping, rule)
+    root = symmetric_power(4.0 * jnp.eye(5), exponent, damping, rule)
     shifted = 4.0 * (1 + damping) if rule == "relative" else 4.0 + damping
-    assert root.dtype == dtype
-    np.testing.assert_allclose(root, shifted**exponent * np.eye(5), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(root, shifted**exponent * np.eye(5), rtol=1e-14, atol=1e-14)
 
 
 @both_signs
@@ -52,6 +50,7 @@ def test_tridiagonal(double, dtype):
     v = np.sin(np.outer(np.arange(1, n + 1), angles)) * np.sqrt(2 / (n + 1))
     expected = (v * (2 - 2 * np.cos(angles)) ** -0.25) @ v.T
     root = symmetric_power(jnp.asarray(a, dtype), -0.25, 0.0, "none")
+    assert root.dtype == dtype
     assert relative_error(root, expected) < (3e-6 if dtype == "float32" else 1e-13)
 
 
@@ -177,26 +176,28 @@ def test_bad_input_is_not_hidden(value):
 
 
 @every_rule
-@both_signs
-def test_derivatives_at_equal_eigenvalues(double, rule, exponent):
-    a = jnp.diag(jnp.array([1.0, 1.0, 1.0, 2.0, 2.0, 0.5]))
+def test_derivatives_at_equal_eigenvalues(double, rule):
+    # The largest eigenvalue, which scales the damping of "relative", has only one-sided
+    # derivatives where it is multiple: it is simple here.
+    a = jnp.diag(jnp.array([1.0, 1.0, 1.0, 2.5, 2.0, 0.5]))
     direction = np.random.default_rng(0).normal(size=(6, 6))
     direction = jnp.asarray(direction + direction.T)
-    damping, step = jnp.float64(0.1), 1e-5
+    step = jnp.float64(1e-5)
 
     @jax.jit
-    def curve(t):
-        return symmetric_power(a + t * direction, exponent + t, damping * (1.0 + t), rule)
+    def derivative_and_difference(exponent):
+        def curve(t):
+            damping = 0.1 * (1.0 + t)
+            return linalg.symmetric_power(a + t * direction, exponent + t, damping, rule)
 
-    # The largest eigenvalue, which scales the damping of "relative", has only one-sided
-    # derivatives where it is multiple: take a simple one.
-    a = a.at[3, 3].set(2.5)
-    tangent = jax.jit(jax.jacfwd(curve))(jnp.float64(0))
-    difference = (curve(jnp.float64(step)) - curve(jnp.float64(-step))) / (2 * step)
-    np.testing.assert_allclose(tangent, difference, rtol=1e-6, atol=1e-6)
+        return jax.jacfwd(curve)(0.0 * step), (curve(step) - curve(-step)) / (2 * step)
+
+    for exponent in (-0.25, 0.5):
+        derivative, difference = derivative_and_difference(jnp.float64(exponent))
+        np.testing.assert_allclose(derivative, difference, rtol=1e-6, atol=1e-6)
 
 
-@every_rule
+@pytest.mark.parametrize("rule", ["relative", "shift"])
 def test_both_modes_agree(double, rule):
     a = jnp.asarray(with_spectrum(np.arange(1.0, 7.0)))
     direction = jnp.asarray(np.random.default_rng(0).normal(size=(6, 6)))

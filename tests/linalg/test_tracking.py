@@ -94,7 +94,7 @@ def test_converges_from_the_identity(double, spectrum, n):
     assert max(defect(q) for q in bases) < 0.2
 
 
-@pytest.mark.parametrize("n", [2, 16, 64, 128])
+@pytest.mark.parametrize("n", [2, 128])
 def test_converges_from_the_identity_on_random_matrices(double, n):
     g = np.random.default_rng(n).normal(size=(n, 2 * n))
     values, bases = history(jnp.asarray(g @ g.T), jnp.eye(n), 60)
