@@ -118,7 +118,7 @@ def rescale(
       Blocks by bucket.
     """
     owners, first = _owners(plan)
-    wide = jnp.result_type(*stacks.values())
+    wide = max((x.dtype for x in stacks.values()), key=lambda d: jnp.finfo(d).bits)
     lengths = [
         jnp.sum(jnp.square(trees.replicate(d).reshape(leaf.stack, -1)), axis=1).astype(wide)
         for d, leaf in zip(targets, plan.covered, strict=True)
@@ -127,7 +127,8 @@ def rescale(
     for key, x in stacks.items():
         sums = jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))).astype(wide)
         squares = squares.at[owners[key]].add(sums)
-    scale = jnp.sqrt(jnp.concatenate(lengths)) / (jnp.sqrt(squares) + jnp.finfo(wide).tiny)
+    # a direction of length zero stays zero: dividing by a tiny number would give 0 * inf
+    scale = jnp.sqrt(jnp.concatenate(lengths)) / jnp.sqrt(jnp.where(squares > 0, squares, 1))
     return {
         key: x * scale[owners[key]].astype(x.dtype).reshape((-1,) + (1,) * (x.ndim - 1))
         for key, x in stacks.items()

@@ -88,4 +88,5 @@ def direction(
 
 def rescale(u: jax.Array, target: jax.Array) -> jax.Array:
     """``u`` with the norm ``target``; zero stays zero."""
-    return u * (target / (norm(u) + jnp.finfo(u.dtype).tiny))
+    length = norm(u)
+    return u * (target / jnp.where(length > 0, length, 1))

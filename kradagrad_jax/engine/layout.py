@@ -197,7 +197,8 @@ def _reason_uncovered(path: str, shape: Shape, merged: Shape, layout: Layout) ->
 
 def factor_dtype_of(dtype: Any, override: Any = None) -> Any:
     """Dtype of the factors of a parameter: ``override``, or its own but never below float32."""
-    return jnp.dtype(override) if override is not None else jnp.promote_types(dtype, jnp.float32)
+    dtype = jnp.dtype(dtype if override is None else override)
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kradagrad_jax.engine import timing as timing_lib
-from kradagrad_jax.engine.layout import Plan
+from kradagrad_jax.engine.layout import Bucket, Plan
 from kradagrad_jax.factors.method import BlockMethod, Step
 
 Stacks = dict[str, Any]
@@ -23,6 +23,17 @@ def init(method: BlockMethod, plan: Plan) -> Stacks:
         b.key: jax.tree.map(lambda x, n=b.size: stack(x, n), method.init(b.shape, b.dtype))
         for b in plan.buckets
     }
+
+
+def as_stored(plan: Plan, factors: Stacks) -> Plan:
+    """The plan with the dtypes of the state: gradients may be wider than parameters."""
+
+    def stored(bucket: Bucket) -> Bucket:
+        leaves = jax.tree.leaves(factors.get(bucket.key)) if isinstance(factors, dict) else []
+        dtypes = [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+        return bucket._replace(dtype=dtypes[0]) if dtypes else bucket
+
+    return plan._replace(buckets=tuple(stored(b) for b in plan.buckets))
 
 
 def check(method: BlockMethod, plan: Plan, factors: Stacks) -> None:

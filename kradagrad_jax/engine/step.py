@@ -33,7 +33,7 @@ def update(
     count = jnp.asarray(optax.safe_increment(state.count))
     if not real:
         return updates, state._replace(count=count)
-    plan = plan_of(updates, o.layout, o.factor_dtype)
+    plan = stacks.as_stored(plan_of(updates, o.layout, o.factor_dtype), state.factors)
     stacks.check(o.method, plan, state.factors)
     grafts = grafts_of(o, plan)
 
@@ -77,7 +77,7 @@ def _usable(plan: Plan, blocks: dict[str, jax.Array], g: Leaves) -> jax.Array:
     sums = [jnp.sum(x * x) for x in blocks.values()]
     rest = [trees.replicate(g[index]).reshape(-1) for index, _, _, _ in plan.uncovered]
     if rest:
-        dtype = jnp.result_type(*rest)
+        dtype = max((x.dtype for x in rest), key=lambda d: jnp.finfo(d).bits)
         flat = jnp.concatenate([x.astype(dtype) for x in rest])
         sums.append(jnp.sum(flat * flat))
     return functools.reduce(jnp.logical_and, [jnp.isfinite(x) for x in sums])

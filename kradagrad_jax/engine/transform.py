@@ -71,6 +71,11 @@ def scale_by_blocks(
         parameters, and for staggering without a fixed interval.
     """
     timing = timing or Timing()
+    if factor_dtype is not None and factor_dtype_of(factor_dtype) != jnp.dtype(factor_dtype):
+        raise ValueError(
+            f"factor_dtype must be float32 or float64, got {jnp.dtype(factor_dtype).name}: "
+            "factorizations need it; parameters and gradients may be lower"
+        )
     if timing.stagger and not isinstance(refresh_every, int):
         raise ValueError(
             "Timing(stagger=True) needs a fixed integer refresh_every; under "

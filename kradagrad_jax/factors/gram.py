@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kradagrad_jax.factors.kron import KronFactor, apply_square_root, init_kron
 from kradagrad_jax.factors.method import BlockMethod, Step
-from kradagrad_jax.factors.roots import default_exponent, make_root
+from kradagrad_jax.factors.roots import default_exponent, make_root, unless_zero
 from kradagrad_jax.linalg import mode_gram, sr_update, svd_root, symmetrize, unfold
 
 
@@ -71,7 +71,7 @@ def gram_method(
             scale = 1 / _bias(beta2, step.statistics_count, factor.statistics[0].dtype)
         return factor._replace(
             preconditioners=tuple(
-                how.compute(symmetrize(s * scale), p, e, step)
+                unless_zero(s, how.compute(symmetrize(s * scale), p, e, step), p)
                 for s, p in zip(factor.statistics, factor.preconditioners, strict=True)
             )
         )
@@ -120,9 +120,10 @@ def array_method(
     applied in two products per mode: assembled, its rounding errors would reach all directions.
     """
     k = form.fold_every
-    safeguard = {"floor": 0.0, "damping": damping}
+    safeguard: dict[str, Any] = {"floor": 0.0, "damping": damping}
     if damping_rule == "clamp":
         safeguard = {"floor": damping, "damping": 0.0}
+    safeguard["relative"] = damping_rule == "relative"
 
     def init(shape: tuple[int, ...], dtype: Any) -> Any:
         plain = init_kron(shape, jnp.sqrt(jnp.asarray(initial, dtype)), dtype)
@@ -167,8 +168,8 @@ def array_method(
             scale = 1 / _bias(beta2, step.statistics_count, dtype)
         return factor._replace(
             preconditioners=tuple(
-                svd_root(jnp.sqrt(scale) * r, e, **safeguard, relative=damping_rule == "relative")
-                for r in statistics
+                unless_zero(r, svd_root(jnp.sqrt(scale) * r, e, **safeguard), p)
+                for r, p in zip(statistics, factor.preconditioners, strict=True)
             )
         )
 

@@ -204,16 +204,19 @@ def alternating_method(o: KradOptions) -> BlockMethod:
         )
 
         def one(mode: int):
-            old = factor.preconditioners[mode]
-            return lambda: compute(factor.statistics[mode], old, e, early)
+            x, old = factor.statistics[mode], factor.preconditioners[mode]
+            start = jnp.asarray(o.initial, x.dtype)
+            start = jnp.sqrt(start) if o.form in ("factored", "exact") else start
+            # a mode that was never updated keeps P = I
+            touched = jnp.any(jnp.diagonal(x) != start)
+            return lambda: jnp.where(touched, compute(x, old, e, early), old)
 
-        # A mode that was never updated keeps P = I, and with a refresh at every step only the
-        # mode of this step has changed.
+        # with a refresh at every step only the mode of this step has changed
         mode = scheduled(factor, step)
         every_mode = jnp.asarray(step.interval != 1) | step.first_refresh
         return factor._replace(
             preconditioners=tuple(
-                jax.lax.cond((step.count > i) & (every_mode | (mode == i)), one(i), lambda p=p: p)
+                jax.lax.cond(every_mode | (mode == i), one(i), lambda p=p: p)
                 for i, p in enumerate(factor.preconditioners)
             )
         )

@@ -73,6 +73,15 @@ def _tracked(
     return q * jnp.sqrt(powered_spectrum(w, exponent, damping, rule))[None, :]
 
 
+def unless_zero(statistic: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """``new``, but ``old`` for a statistic that has seen nothing but zeros.
+
+    Its root would be zero: a parameter whose first gradients are zero (behind a zero-initialised
+    layer, say) would not move when they come.
+    """
+    return jnp.where(jnp.any(statistic != 0), new, old)
+
+
 def default_exponent(shape: tuple[int, ...], exponent: Any, scale: float) -> Any:
     """``exponent`` with the sign of ``scale`` if given, else ``scale / order``."""
     if exponent is None:

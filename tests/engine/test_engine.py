@@ -101,6 +101,24 @@ def test_ramp_blends_the_preconditioned_direction_in():
         np.testing.assert_allclose(r["w"], share * u["w"] + (1 - share) * g["w"], rtol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"root": "newton"}, {"root": "tracked"}, {"statistics": "square_root"},
+     {"statistics": kj.SquareRoot(3)}, {"graft": kj.Graft("adam", per="block")}],
+    ids=str,
+)  # fmt: skip
+def test_a_parameter_whose_first_gradients_are_zero_moves_when_they_come(options):
+    """As behind a zero-initialised head: 0 * inf = NaN once, for a default Shampoo."""
+    params = {"w": jnp.zeros((20, 20))}
+    draws = [jax.random.normal(jax.random.key(t), (20, 20)) for t in range(6)]
+    grads = [params, params, *({"w": g} for g in draws)]
+    out, state = run(kj.scale_by_shampoo(**options), params, grads)
+    norms = [float(jnp.linalg.norm(u["w"])) for u in out]
+    assert norms[:2] == [0.0, 0.0]
+    assert all(np.isfinite(n) and n > 1 for n in norms[2:])
+    assert int(state.rejected) == 0
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_a_bad_gradient_changes_nothing_but_counts(bad):
     params, grads = params_and_grads(5)
