@@ -105,6 +105,22 @@ ENTRIES = [
 ]
 
 
+# One of each algorithm: for tests that compile a program of their own.
+CORE_NAMES = [
+    "shampoo",
+    "kradagrad_star",
+    "kradagrad",
+    "shampoo-square_root",
+    "shampoo-fold",
+    "shampoo-newton",
+    "shampoo-tracked",
+    "shampoo-stagger",
+    "star-exact",
+    "star-delayed",
+    "kradagrad-factored",
+]
+
+
 def _over(entries: list[Entry]):
     """Parametrisation; tests of one entry share a worker, and so its compiled programs."""
     params = [pytest.param(e, id=e.name, marks=pytest.mark.xdist_group(e.name)) for e in entries]
@@ -113,6 +129,7 @@ def _over(entries: list[Entry]):
 
 over_aliases = _over(ALIASES)
 over_entries = _over(ENTRIES)
+over_core = _over([e for e in ENTRIES if e.name in CORE_NAMES])
 
 
 def having(claim: str):
@@ -174,6 +191,11 @@ def assert_equal(ours: Any, theirs: Any) -> None:
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def all_finite(tree: Any) -> bool:
+    """Whether every entry of every array is finite."""
+    return all(np.isfinite(np.asarray(x, np.float64)).all() for x in jax.tree.leaves(tree))
 
 
 def types(tree: Any) -> Any:

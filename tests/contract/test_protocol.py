@@ -115,20 +115,27 @@ def test_docstrings(name):
         assert runner.run(test).failed == 0
 
 
-@over_entries
+@over_aliases
 def test_extra_arguments_and_params_may_be_given_in_any_way(entry):
     params = params_like()
     grads = grads_at(params, 0)
-    tx, init, update = compiled(entry.name)
+    _, init, update = compiled(entry.name)
     state = init(params)
     plain, _ = update(grads, state, params)
     named, _ = update(grads, state, params=params, unexpected_extra_args_nobody_expects=1)
     assert_equal(named, plain)
+
+
+@over_entries
+def test_params_are_needed_for_decay_only(entry):
+    grads = params_like()
+    tx = entry.make()
+    state = tx.init(grads)
     if "weight_decay" in entry.outer:
         with pytest.raises(ValueError, match="params"):
             tx.update(grads, state)
     else:
-        abstract = jax.eval_shape(tx.update, grads, state)  # traces without parameters
+        abstract = jax.eval_shape(tx.update, grads, state)
         assert jax.tree.structure(abstract[0]) == jax.tree.structure(grads)
 
 
