@@ -24,6 +24,34 @@ class Step(NamedTuple):
     first_refresh: jax.Array
 
 
+class Rows(NamedTuple):
+    """Statistic of a layer as rows: its factors are ``A = a.T @ a`` and ``G = g.T @ g``.
+
+    Attributes:
+      a: ``(n, d_in)`` layer inputs, one row per position, divided by the root of their number;
+        with a joint bias ``(n, d_in + 1)``, the last column standing for the constant input 1.
+      g: ``(n, d_out)`` output gradients, scaled so that ``g.T @ g`` is the factor of the mean loss.
+
+    Rows of zeros count for nothing: layers of equal shape are stacked by padding.
+    """
+
+    a: jax.Array
+    g: jax.Array
+
+
+class Grams(NamedTuple):
+    """Statistic of a layer as the two factors of its Kronecker product.
+
+    Attributes:
+      a: ``(d_in, d_in)`` second moment of the inputs (``d_in + 1`` with a joint bias), or its
+        diagonal ``(d_in,)``.
+      g: ``(d_out, d_out)`` second moment of the output gradients, or its diagonal ``(d_out,)``.
+    """
+
+    a: jax.Array
+    g: jax.Array
+
+
 class BlockMethod(NamedTuple):
     """A preconditioner of one block as pure functions, as GradientTransformation is for a tree.
 
@@ -32,7 +60,7 @@ class BlockMethod(NamedTuple):
     Attributes:
       init: ``(shape, dtype) -> factor``: any pytree of arrays (nothing of size zero).
       accumulate: ``(factor, statistic, step) -> factor``. The statistic is the gradient block
-        unless the engine is given another source.
+        unless the engine is given another source; :class:`Rows` or :class:`Grams` for layers.
       refresh: ``(factor, step) -> factor``: the expensive recomputation.
       precondition: ``(factor, gradient, step) -> block``: the preconditioned gradient block.
       refresh_cost: ``shape -> float``: relative cost of one refresh, for staggering.
