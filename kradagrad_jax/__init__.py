@@ -1,5 +1,6 @@
 """Second-order optimizers for JAX as optax gradient transformations."""
 
+from kradagrad_jax.alias import kfac as kfac
 from kradagrad_jax.alias import kradagrad as kradagrad
 from kradagrad_jax.alias import kradagrad_star as kradagrad_star
 from kradagrad_jax.alias import shampoo as shampoo
@@ -9,10 +10,15 @@ from kradagrad_jax.engine import Layout as Layout
 from kradagrad_jax.engine import Timing as Timing
 from kradagrad_jax.engine import describe as describe
 from kradagrad_jax.engine import scale_by_blocks as scale_by_blocks
+from kradagrad_jax.engine import scale_by_layers as scale_by_layers
 from kradagrad_jax.factors import KronFactor as KronFactor
 from kradagrad_jax.factors import SquareRoot as SquareRoot
 from kradagrad_jax.factors.method import BlockMethod as BlockMethod
+from kradagrad_jax.factors.method import Grams as Grams
+from kradagrad_jax.factors.method import Rows as Rows
 from kradagrad_jax.factors.method import Step as Step
+from kradagrad_jax.transforms import adapt_damping as adapt_damping
+from kradagrad_jax.transforms import scale_by_kfac as scale_by_kfac
 from kradagrad_jax.transforms import scale_by_kradagrad as scale_by_kradagrad
 from kradagrad_jax.transforms import scale_by_kradagrad_star as scale_by_kradagrad_star
 from kradagrad_jax.transforms import scale_by_shampoo as scale_by_shampoo

@@ -6,6 +6,8 @@ from typing import Any
 
 import optax
 
+from kradagrad_jax.engine.layers import LayerTransformation
+from kradagrad_jax.transforms.kfac import scale_by_kfac
 from kradagrad_jax.transforms.kradagrad import scale_by_kradagrad, scale_by_kradagrad_star
 from kradagrad_jax.transforms.shampoo import scale_by_shampoo
 
@@ -19,49 +21,77 @@ def _complete(
     nesterov: bool,
     weight_decay: Any,
     mask: Mask,
+    coupled: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """The chain; parts that are statically off are left out (``params=None`` then works)."""
-    parts = [scale_by]
-    if momentum is not None:
-        parts.append(optax.trace(momentum, nesterov))
+    average = [] if momentum is None else [optax.trace(momentum, nesterov)]
+    if average and isinstance(scale_by, LayerTransformation):
+        # the fallback of layer methods (Adam) brings momentum of its own
+        average = [optax.masked(average[0], scale_by.covered)]
+    decay = []
     if weight_decay is not None and not (
         isinstance(weight_decay, (int, float)) and not weight_decay
     ):
-        parts.append(optax.add_decayed_weights(weight_decay, mask))
-    parts.append(optax.scale_by_learning_rate(learning_rate))
-    return optax.with_extra_args_support(optax.chain(*parts))
+        decay = [optax.add_decayed_weights(weight_decay, mask)]
+    middle = decay + average if coupled else average + decay
+    chain = optax.chain(scale_by, *middle, optax.scale_by_learning_rate(learning_rate))
+    return optax.with_extra_args_support(chain)
 
 
 def _alias(
-    scale_by: Callable[..., optax.GradientTransformation], summary: str
+    scale_by: Callable[..., optax.GradientTransformation],
+    summary: str,
+    example: str,
+    momentum: Any = None,
+    coupled: bool = False,
 ) -> Callable[..., Any]:
     """The complete optimizer of a transformation.
 
     Its signature (which ``optax.inject_hyperparams`` reads) is spelled out from that of
     ``scale_by``, so that every argument is stated once.
+
+    Args:
+      scale_by: the transformation; if it has an argument ``learning_rate``, it is passed on.
+      summary: first line of the docstring.
+      example: the last lines.
+      momentum: default of ``momentum``.
+      coupled: weight decay goes through the momentum, as the method's authors have it.
     """
     name = scale_by.__name__.removeprefix("scale_by_")
+    inherited = dict(inspect.signature(scale_by).parameters)
+    wants_rate = inherited.pop("learning_rate", None) is not None
+    default = momentum
 
     def optimizer(
         learning_rate: optax.ScalarOrSchedule,
-        *,
-        momentum: Any = None,
+        *args: Any,
+        momentum: Any = default,
         nesterov: bool = False,
         weight_decay: Any = None,
         weight_decay_mask: Mask = None,
         **options: Any,
     ) -> optax.GradientTransformationExtraArgs:
+        if wants_rate:
+            options["learning_rate"] = learning_rate
         parts = (learning_rate, momentum, nesterov, weight_decay, weight_decay_mask)
-        return _complete(scale_by(**options), *parts)
+        return _complete(scale_by(*args, **options), *parts, coupled)
 
-    own = list(inspect.signature(optimizer).parameters.values())[:-1]
-    inherited = list(inspect.signature(scale_by).parameters.values())
+    own = [
+        p
+        for p in inspect.signature(optimizer).parameters.values()
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
     optimizer.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [own[0], *inherited, *own[1:]],
+        [own[0], *inherited.values(), *own[1:]],
         return_annotation=optax.GradientTransformationExtraArgs,
     )
     optimizer.__name__ = optimizer.__qualname__ = name
-    optimizer.__doc__ = summary + _DOC.format(name=name, scale_by=scale_by.__name__)
+    decay = "after" if not coupled else "before"
+    optimizer.__doc__ = (
+        summary
+        + _DOC.format(name=name, scale_by=scale_by.__name__, momentum=momentum, decay=decay)
+        + example.format(name=name)
+    )
     return optimizer
 
 
@@ -69,23 +99,26 @@ _DOC = """
 
     Args:
       learning_rate: a float, a scalar array or an optax schedule. With Adam grafting (the
-        recommended preset) the learning rates of AdamW are the right ones to start from.
-      momentum: heavy-ball momentum AFTER preconditioning, as in the papers; None: none (``beta1``
-        of the recommended preset already averages gradients before it).
+        recommended preset where there is one) the learning rates of AdamW are the right ones to
+        start from.
+      *args, **options: every argument of :func:`{scale_by}`.
+      momentum: heavy-ball momentum AFTER preconditioning, as in the papers; None: none. Default:
+        {momentum}.
       nesterov: Nesterov's form of ``momentum``.
-      weight_decay: decoupled weight decay, multiplied by the learning rate as in AdamW.
+      weight_decay: decoupled weight decay, multiplied by the learning rate as in AdamW, added
+        {decay} momentum.
       weight_decay_mask: tree of bools or function of the parameters: where decay applies.
-      **options: every argument of :func:`{scale_by}`, ``preset`` first of all.
 
     Returns:
-      ``chain({scale_by}, trace, add_decayed_weights, scale_by_learning_rate)`` without the parts
-      that are off.
+      A chain of {scale_by}, trace, add_decayed_weights and scale_by_learning_rate, without the
+      parts that are off.
 
     Raises:
       ValueError: as :func:`{scale_by}`.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax
+"""
+_BLOCKS = """      >>> import jax, jax.numpy as jnp, optax
       >>> import kradagrad_jax as kj
       >>> params = {{"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}}
       >>> tx = kj.{name}(1e-2, weight_decay=1e-4)
@@ -94,16 +127,38 @@ _DOC = """
       >>> updates, state = tx.update(grads, state, params)
       >>> params = optax.apply_updates(params, updates)
 """
+_LAYERS = """      >>> import jax, jax.numpy as jnp, optax
+      >>> import kradagrad_jax as kj
+      >>> from kradagrad_jax import curvature
+      >>> params = {{"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}}
+      >>> x = jax.random.normal(jax.random.key(0), (8, 4))
+      >>> loss = lambda p, x: jnp.mean((x @ p["w"] + p["b"]) ** 2)
+      >>> tx = kj.{name}(1e-2, curvature.inspect(loss, params, x))
+      >>> state = tx.init(params)
+      >>> step = curvature.value_grad_and_curvature(loss, reducer="raw")
+      >>> (value, aux), grads, curv = step(params, x)
+      >>> updates, state = tx.update(grads, state, params, curvature=curv)
+      >>> params = optax.apply_updates(params, updates)
+"""
 
 shampoo = _alias(
     scale_by_shampoo,
     "Shampoo (arXiv 1802.09568): Kronecker-factored full-matrix AdaGrad.",
+    _BLOCKS,
 )
 kradagrad_star = _alias(
     scale_by_kradagrad_star,
     "KrADagrad* (arXiv 2305.19416): Shampoo's idea with inverse statistics and positive roots.",
+    _BLOCKS,
 )
 kradagrad = _alias(
     scale_by_kradagrad,
     "KrADagrad (arXiv 2305.19416, Algorithm 2): one factor updated per step, square roots only.",
+    _BLOCKS,
+)
+kfac = _alias(
+    scale_by_kfac,
+    "K-FAC (arXiv 1503.05671): natural gradient with one Kronecker product per layer.",
+    _LAYERS,
+    momentum=0.9,
 )

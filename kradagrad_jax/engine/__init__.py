@@ -2,6 +2,7 @@
 
 from kradagrad_jax.engine.grafting import Graft as Graft
 from kradagrad_jax.engine.grafting import as_graft as as_graft
+from kradagrad_jax.engine.layers import scale_by_layers as scale_by_layers
 from kradagrad_jax.engine.layout import Layout as Layout
 from kradagrad_jax.engine.options import BlockState as BlockState
 from kradagrad_jax.engine.report import Coverage as Coverage

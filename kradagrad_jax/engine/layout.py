@@ -43,6 +43,8 @@ class Layout:
         the '/'-joined path, or a function ``(path, shape) -> bool``. ``None``: all.
       stacked: leading axes that stack layers (``nn.scan``, ``vmap``-ed experts) and are treated as
         batch: a regular expression for paths with ONE such axis, or ``(path, shape) -> int``.
+      group: name of the method that treats a parameter, ``(path, shape) -> str``, where the engine
+        is given several. ``None``: there is one method.
     """
 
     block_size: int | None = 256
@@ -53,6 +55,7 @@ class Layout:
     max_dim: int | None = None
     include: str | Callable[[str, Shape], bool] | None = None
     stacked: str | Callable[[str, Shape], int] | None = None
+    group: Callable[[str, Shape], str] | None = None
 
     def __post_init__(self):
         choices = {
@@ -100,9 +103,10 @@ class Slot(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """All blocks of one shape and factor dtype, stacked to ``(size, *shape)``."""
+    """All blocks of one group, shape and factor dtype, stacked to ``(size, *shape)``."""
 
     key: str
+    group: str
     shape: Shape
     dtype: Any
     slots: tuple[Slot, ...]
@@ -217,28 +221,31 @@ def make_plan(
         if reason is not None:
             uncovered.append((index, path, shape, reason))
             continue
+        group = "" if layout.group is None else layout.group(path, shape)
         leaf = Leaf(index, path, shape, math.prod(shape[:axes]), merged, _tiles(merged, layout))
         for tile in leaf.tiles:
-            slots.setdefault((tile.sizes, dtype), []).append((len(covered), tile, leaf.stack))
+            entry = (len(covered), tile, leaf.stack)
+            slots.setdefault((group, tile.sizes, dtype), []).append(entry)
         covered.append(leaf)
     buckets = tuple(
         _bucket(key, entries, slots)
-        for key, entries in sorted(slots.items(), key=lambda item: (item[0][0], str(item[0][1])))
+        for key, entries in sorted(slots.items(), key=lambda item: (*item[0][:2], str(item[0][2])))
     )
     return Plan(tuple(covered), tuple(uncovered), buckets)
 
 
 def _bucket(key, entries, all_keys) -> Bucket:
-    shape, dtype = key
+    group, shape, dtype = key
     placed, offset = [], 0
     for leaf, tile, stack in entries:
         count = stack * math.prod(tile.counts)
         placed.append(Slot(leaf, tile, offset, count))
         offset += count
     name = "x".join(map(str, shape))
-    if sum(other[0] == shape for other in all_keys) > 1:  # one shape, two factor dtypes
+    if sum(other[:2] == (group, shape) for other in all_keys) > 1:  # two factor dtypes
         name = f"{name}:{np.dtype(dtype).name}"
-    return Bucket(name, shape, dtype, tuple(placed), offset)
+    name = f"{group} {name}" if group else name
+    return Bucket(name, group, shape, dtype, tuple(placed), offset)
 
 
 def block_origins(slot: Slot, leaf: Leaf) -> list[tuple[int, Shape]]:

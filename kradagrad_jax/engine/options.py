@@ -1,6 +1,6 @@
 """State and checked arguments of the engine, and what follows from them for each parameter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,9 @@ from kradagrad_jax.engine.layout import Layout, Plan, factor_dtype_of, make_plan
 from kradagrad_jax.engine.timing import Interval, Timing
 from kradagrad_jax.factors.method import BlockMethod
 
-Source = Callable[[Plan, dict[str, jax.Array], dict[str, Any]], dict[str, Any] | None]
+Source = Callable[
+    [Plan, dict[str, jax.Array], dict[str, Any]], tuple[dict[str, Any] | None, jax.Array | bool]
+]
 
 
 class BlockState(NamedTuple):
@@ -43,7 +45,7 @@ class BlockState(NamedTuple):
 class Options(NamedTuple):
     """Arguments of :func:`scale_by_blocks` after checks; see there."""
 
-    method: BlockMethod
+    method: BlockMethod | Mapping[str, BlockMethod]
     layout: Layout
     timing: Timing
     refresh_every: Interval

@@ -1,6 +1,6 @@
 """Maps a block method over the stacks of all buckets, with guards and refresh timing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,16 +11,24 @@ from kradagrad_jax.engine.layout import Bucket, Plan
 from kradagrad_jax.factors.method import BlockMethod, Step
 
 Stacks = dict[str, Any]
+Methods = BlockMethod | Mapping[str, BlockMethod]  # one for all, or by group of the layout
 
 
-def init(method: BlockMethod, plan: Plan) -> Stacks:
+def method_of(methods: Methods, bucket: Bucket) -> BlockMethod:
+    """The method that treats a bucket."""
+    return methods if isinstance(methods, BlockMethod) else methods[bucket.group]
+
+
+def init(methods: Methods, plan: Plan) -> Stacks:
     """One stacked factor per bucket."""
 
     def stack(x: jax.Array, size: int) -> jax.Array:
         return jnp.tile(x[None], (size,) + (1,) * x.ndim)
 
     return {
-        b.key: jax.tree.map(lambda x, n=b.size: stack(x, n), method.init(b.shape, b.dtype))
+        b.key: jax.tree.map(
+            lambda x, n=b.size: stack(x, n), method_of(methods, b).init(b.shape, b.dtype)
+        )
         for b in plan.buckets
     }
 
@@ -31,15 +39,16 @@ def as_stored(plan: Plan, factors: Stacks) -> Plan:
     def stored(bucket: Bucket) -> Bucket:
         leaves = jax.tree.leaves(factors.get(bucket.key)) if isinstance(factors, dict) else []
         dtypes = [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+        dtypes = [d for d in dtypes if jnp.finfo(d).bits >= 32]  # half-precision storage: no hint
         return bucket._replace(dtype=dtypes[0]) if dtypes else bucket
 
     return plan._replace(buckets=tuple(stored(b) for b in plan.buckets))
 
 
-def check(method: BlockMethod, plan: Plan, factors: Stacks) -> None:
+def check(methods: Methods, plan: Plan, factors: Stacks) -> None:
     """Raises ValueError where the state's stacks are not those of the given parameters."""
     for bucket in plan.buckets:
-        want = jax.eval_shape(lambda b=bucket: method.init(b.shape, b.dtype))
+        want = jax.eval_shape(lambda b=bucket: method_of(methods, b).init(b.shape, b.dtype))
         have = factors.get(bucket.key) if isinstance(factors, dict) else None
         sizes = [x.shape[:1] for x in jax.tree.leaves(have)]
         if (
@@ -75,49 +84,56 @@ def _guard(new: Any, old: Any) -> tuple[Any, jax.Array]:
 
 
 def accumulate(
-    method: BlockMethod, factors: Stacks, statistics: Stacks, step: Step
+    methods: Methods, plan: Plan, factors: Stacks, statistics: Stacks, step: Step
 ) -> tuple[Stacks, jax.Array]:
     """Folds the statistics of every bucket in; also the number of rejected blocks."""
-    out, rejected = {}, jnp.zeros((), jnp.int32)
-    for key, old in factors.items():
-        if key not in statistics:
-            out[key] = old
+    out, rejected = dict(factors), jnp.zeros((), jnp.int32)
+    for bucket in plan.buckets:
+        if bucket.key not in statistics:
             continue
-        new = jax.vmap(lambda f, s: method.accumulate(f, s, step))(old, statistics[key])
-        out[key], bad = _guard(new, old)
+        fold, old = method_of(methods, bucket).accumulate, factors[bucket.key]
+        new = jax.vmap(lambda f, s, fold=fold: fold(f, s, step))(old, statistics[bucket.key])
+        out[bucket.key], bad = _guard(new, old)
         rejected += bad
     return out, rejected
 
 
-def refresh(method: BlockMethod, factors: Stacks, step: Step) -> tuple[Stacks, jax.Array]:
+def refresh(methods: Methods, plan: Plan, factors: Stacks, step: Step) -> tuple[Stacks, jax.Array]:
     """Refreshes every block of every bucket; also the number of rejected blocks."""
     out, rejected = {}, jnp.zeros((), jnp.int32)
-    for key, old in factors.items():
-        out[key], bad = _guard(jax.vmap(lambda f: method.refresh(f, step))(old), old)
+    for bucket in plan.buckets:
+        renew, old = method_of(methods, bucket).refresh, factors[bucket.key]
+        out[bucket.key], bad = _guard(jax.vmap(lambda f, renew=renew: renew(f, step))(old), old)
         rejected += bad
     return out, rejected
 
 
-def precondition(method: BlockMethod, factors: Stacks, gradients: Stacks, step: Step) -> Stacks:
+def precondition(
+    methods: Methods, plan: Plan, factors: Stacks, gradients: Stacks, step: Step
+) -> Stacks:
     """Preconditioned gradient blocks of every bucket."""
-    return {
-        key: jax.vmap(lambda f, g: method.precondition(f, g, step))(factors[key], gradients[key])
-        for key in gradients
-    }
+    out = {}
+    for bucket in plan.buckets:
+        apply = method_of(methods, bucket).precondition
+        out[bucket.key] = jax.vmap(lambda f, g, apply=apply: apply(f, g, step))(
+            factors[bucket.key], gradients[bucket.key]
+        )
+    return out
 
 
 def refresh_share(
-    method: BlockMethod, plan: Plan, factors: Stacks, step: Step, every: int
+    methods: Methods, plan: Plan, factors: Stacks, step: Step, every: int
 ) -> tuple[Stacks, jax.Array]:
     """Refreshes the blocks whose turn it is (staggered timing): about ``1/every`` of the work."""
-    costs = [(b.size, method.refresh_cost(b.shape)) for b in plan.buckets]
+    costs = [(b.size, method_of(methods, b).refresh_cost(b.shape)) for b in plan.buckets]
     tables = timing_lib.stagger_table(costs, every)
     out, rejected = dict(factors), jnp.zeros((), jnp.int32)
     for bucket, table in zip(plan.buckets, tables, strict=True):
         due = jnp.asarray(table)[step.count % every]
+        method = method_of(methods, bucket)
         out[bucket.key], bad = jax.lax.cond(
             jnp.any(due >= 0),
-            lambda f, due=due: _refresh_some(method, f, due, step),
+            lambda f, m=method, d=due: _refresh_some(m, f, d, step),
             lambda f: (f, jnp.zeros((), jnp.int32)),
             factors[bucket.key],
         )

@@ -25,7 +25,7 @@ Leaves = list[Any]
 
 
 def update(
-    o: Options, updates: Any, state: BlockState, extra: dict[str, Any]
+    o: Options, updates: Any, state: BlockState, params: Any, extra: dict[str, Any]
 ) -> tuple[Any, BlockState]:
     """Preconditioned updates and the next state. See :func:`scale_by_blocks`."""
     leaves, treedef = trees.flatten(updates)
@@ -51,7 +51,7 @@ def update(
     )
     out = _directions(grafts, nu, filtered, accepted)
     _precondition(o, plan, factors, blocks, g, filtered, out, step, usable)
-    fallback = _own_fallback(o, plan, updates, state, real, out, usable)
+    fallback = _own_fallback(o, plan, updates, state, params, extra, real, out, usable)
     for index, _, _, _ in plan.uncovered:
         out[index] = jnp.where(usable, out[index], 0)
     for j, x in enumerate(raw):
@@ -150,22 +150,22 @@ def _factors(
     """Accumulates and refreshes; also the new statistics count and number of rejected blocks."""
     factors, rejected = state.factors, jnp.zeros((), jnp.int32)
     every = timing_lib.interval_at(o.refresh_every, count)
-    statistics = o.source(plan, blocks, extra)
+    statistics, fresh = o.source(plan, blocks, extra)
     taken, due = state.statistics_count, False
     if statistics is not None:
         interval = timing_lib.interval_at(o.statistics_every, count)
-        due = usable & timing_lib.statistics_due(count, interval, o.timing)
+        due = usable & fresh & timing_lib.statistics_due(count, interval, o.timing)
         taken = taken + jnp.where(due, 1, 0).astype(jnp.int32)
     first = timing_lib.first_refresh(o.timing)
     step = Step(count, taken, every, count == first)
     if statistics is not None:
         factors, rejected = stacks.when(
-            due, lambda f: stacks.accumulate(o.method, f, statistics, step), factors
+            due, lambda f: stacks.accumulate(o.method, plan, f, statistics, step), factors
         )
     if o.timing.stagger and isinstance(every, int) and every > 1:
         # all blocks at the first refresh: a block without preconditioner would be a slow start
         factors, bad = stacks.when(
-            usable & (count == first), lambda f: stacks.refresh(o.method, f, step), factors
+            usable & (count == first), lambda f: stacks.refresh(o.method, plan, f, step), factors
         )
         factors, more = stacks.when(
             usable & (count > first),
@@ -175,7 +175,7 @@ def _factors(
         bad = bad + more
     else:
         due = usable & timing_lib.refresh_due(count, every, o.timing)
-        factors, bad = stacks.when(due, lambda f: stacks.refresh(o.method, f, step), factors)
+        factors, bad = stacks.when(due, lambda f: stacks.refresh(o.method, plan, f, step), factors)
     return factors, taken, rejected + bad, step
 
 
@@ -211,7 +211,7 @@ def _precondition(
         return
     if any(filtered[j] is not g[j] for j in covered):
         blocks = buckets.gather(plan, [filtered[j] for j in covered])
-    u = stacks.precondition(o.method, factors, blocks, step)
+    u = stacks.precondition(o.method, plan, factors, blocks, step)
     directions = [out[j] for j in covered]
     if o.graft.kind != "none":
         if o.graft.per == "block":
@@ -239,6 +239,8 @@ def _own_fallback(
     plan: Plan,
     updates: Any,
     state: BlockState,
+    params: Any,
+    extra: dict[str, Any],
     real: list[int],
     out: Leaves,
     usable: jax.Array,
@@ -246,7 +248,9 @@ def _own_fallback(
     """Runs the user's transformation on the leaves without blocks; its new state."""
     if not runs_fallback(o):
         return state.fallback
-    theirs, new = o.fallback.update(uncovered_only(updates, plan), state.fallback)
+    own = None if params is None else uncovered_only(params, plan)
+    run = optax.with_extra_args_support(o.fallback).update
+    theirs, new = run(uncovered_only(updates, plan), state.fallback, own, **extra)
     values = trees.flatten(theirs)[0]
     for index, _, _, _ in plan.uncovered:
         out[index] = values[real[index]].astype(out[index].dtype)

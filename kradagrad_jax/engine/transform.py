@@ -1,5 +1,6 @@
 """The engine: a block method becomes an optax transformation of a whole tree of parameters."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -24,14 +25,14 @@ from kradagrad_jax.factors.method import BlockMethod
 
 def gradient_statistics(
     plan: Plan, gradients: dict[str, jax.Array], extra: dict[str, Any]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], bool]:
     """The statistic of a gradient-only method: the gradient block itself."""
     del plan, extra
-    return gradients
+    return gradients, True
 
 
 def scale_by_blocks(
-    method: BlockMethod,
+    method: BlockMethod | Mapping[str, BlockMethod],
     *,
     layout: Layout | None = None,
     timing: Timing | None = None,
@@ -47,7 +48,8 @@ def scale_by_blocks(
     """Builds an optax transformation from a method that knows only one block.
 
     Args:
-      method: pure functions on one block.
+      method: pure functions on one block; or several, by name, with ``Layout(group=...)`` that says
+        which one treats a parameter.
       layout: how parameters are cut into blocks.
       timing: start, ramp, phases, staggering.
       refresh_every: steps between refreshes: an int, a traced int, or a function of the count.
@@ -59,8 +61,9 @@ def scale_by_blocks(
         (bias-corrected); None: no average, no memory for it.
       factor_dtype: dtype of the factors; None: that of the parameter, float32 at least.
       mu_dtype: dtype of the average; None: that of the parameter.
-      source: ``(plan, gradient stacks, extra args) -> statistics by bucket``, or None for "no
-        statistics at this step".
+      source: ``(plan, gradient stacks, extra args) -> (statistics by bucket, fresh)``: where
+        statistics other than the gradient come from. None in place of the statistics, or a traced
+        ``fresh`` that is False, stands for "none at this step".
 
     Returns:
       A ``GradientTransformationExtraArgs`` with state :class:`BlockState`. Its updates have the
@@ -99,8 +102,7 @@ def scale_by_blocks(
         params: optax.Params | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params
-        return step.update(options, updates, cast(BlockState, state), extra)
+        return step.update(options, updates, cast(BlockState, state), params, extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

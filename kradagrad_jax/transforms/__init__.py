@@ -1,5 +1,7 @@
 """One file per method family: the ``scale_by_*`` transformations."""
 
+from kradagrad_jax.transforms.kfac import adapt_damping as adapt_damping
+from kradagrad_jax.transforms.kfac import scale_by_kfac as scale_by_kfac
 from kradagrad_jax.transforms.kradagrad import scale_by_kradagrad as scale_by_kradagrad
 from kradagrad_jax.transforms.kradagrad import scale_by_kradagrad_star as scale_by_kradagrad_star
 from kradagrad_jax.transforms.shampoo import scale_by_shampoo as scale_by_shampoo

@@ -1,0 +1,314 @@
+"""Layers as blocks: a weight and its bias become one matrix, its statistic comes from `curvature=`.
+
+The parameters of the layers are packed to ``(stack, d_in + 1, d_out)`` matrices (last row: bias),
+which the engine treats as stacked parameters; all other leaves keep their place and get the
+fallback. Guards, timing and grafting are thus those of :func:`scale_by_blocks`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kradagrad_jax.engine import trees
+from kradagrad_jax.engine.layout import Layout, Plan
+from kradagrad_jax.engine.options import BlockState
+from kradagrad_jax.engine.transform import scale_by_blocks
+from kradagrad_jax.factors.method import BlockMethod, Grams, Rows
+
+LAYERS, REST = "layers", "rest"
+Clip = Callable[[dict[str, jax.Array], dict[str, jax.Array], jax.Array], dict[str, jax.Array]]
+
+
+class LayerLike(Protocol):
+    """What the engine has to know about a layer; ``curvature.Layer`` is one."""
+
+    path: str
+    shape: tuple[int, ...]
+    bias: str | None
+    bias_shape: tuple[int, ...] | None
+    in_shape: tuple[int, ...]
+
+    def pack(self, weight: jax.Array, bias: jax.Array | None) -> jax.Array: ...
+    def unpack(self, matrix: jax.Array) -> tuple[jax.Array, jax.Array | None]: ...
+
+
+class Packing(NamedTuple):
+    """The layers present in a tree, by path, with the positions of weight and bias."""
+
+    layers: dict[str, tuple[Any, int, int | None]]
+    treedef: Any
+    channels_first: bool
+
+    def split(self, tree: Any) -> dict[str, Any]:
+        """``{"layers": {path: matrix stack}, "rest": the tree with these leaves masked}``."""
+        leaves = trees.flatten(tree)[0]
+        matrices = {}
+        for path, (layer, weight, bias) in self.layers.items():
+            parts = [None if i is None else trees.replicate(leaves[i]) for i in (weight, bias)]
+            matrix = layer.pack(parts[0], parts[1])
+            matrices[path] = _reorder(matrix, layer, 1) if self.channels_first else matrix
+        for _, weight, bias in self.layers.values():
+            for i in (weight, bias):
+                if i is not None:
+                    leaves[i] = optax.MaskedNode()
+        return {LAYERS: matrices, REST: self.treedef.unflatten(leaves)}
+
+    def join(self, parts: dict[str, Any], like: Any) -> Any:
+        """Inverse of :meth:`split`, with the dtypes and placement of ``like``."""
+        leaves = trees.flatten(parts[REST])[0]
+        wanted = trees.flatten(like)[0]
+        for path, (layer, weight, bias) in self.layers.items():
+            matrix = parts[LAYERS][path]
+            if self.channels_first:
+                matrix = _reorder(matrix, layer, 1, back=True)
+            for i, value in zip((weight, bias), layer.unpack(matrix), strict=True):
+                if i is not None:
+                    leaves[i] = trees.place_like(value.astype(wanted[i].dtype), wanted[i])
+        return self.treedef.unflatten(leaves)
+
+
+def _reorder(x: jax.Array, layer: LayerLike, axis: int, back: bool = False) -> jax.Array:
+    """Input index from (height, width, channel) to (channel, height, width) order, or back."""
+    dims = layer.in_shape
+    if len(dims) < 2:
+        return x
+    size = x.shape[axis]
+    index = jnp.arange(size - size % _product(dims)).reshape(dims)
+    index = jnp.concatenate(
+        [jnp.moveaxis(index, -1, 0).reshape(-1), jnp.arange(_product(dims), size)]
+    )
+    return jnp.take(x, jnp.argsort(index) if back else index, axis=axis)
+
+
+def _product(dims: tuple[int, ...]) -> int:
+    out = 1
+    for d in dims:
+        out *= d
+    return out
+
+
+def packing_of(
+    spec: Any, tree: Any, joint_bias: bool, used: Callable[[Any], bool], channels_first: bool
+) -> Packing:
+    """Finds the layers of ``spec`` in a tree of parameters or gradients.
+
+    Raises:
+      ValueError: the tree has no leaf of a layer's path, or one of another shape.
+    """
+    leaves, treedef = trees.flatten(tree)
+    position = {path: i for i, path in enumerate(trees.paths_of(tree))}
+    layers: dict[str, tuple[Any, int, int | None]] = {}
+    for layer in spec.layers:
+        if not used(layer):
+            continue
+        weight = _find(layer.path, layer.shape, position, leaves)
+        if trees.is_masked(leaves[weight]):
+            continue
+        bias = None
+        if joint_bias and layer.bias is not None:
+            bias = _find(layer.bias, layer.bias_shape, position, leaves)
+            bias = None if trees.is_masked(leaves[bias]) else bias
+        layers[layer.path] = (layer, weight, bias)
+    return Packing(layers, treedef, channels_first)
+
+
+def _find(path: str, shape: tuple[int, ...], position: dict[str, int], leaves: list[Any]) -> int:
+    if path not in position:
+        some = ", ".join(repr(p) for p in list(position)[:4])
+        raise ValueError(
+            f"spec has a layer '{path}', the parameters have no such leaf (they have {some}, ..): "
+            "build the spec with the same tree that the optimizer gets"
+        )
+    x = leaves[position[path]]
+    if not trees.is_masked(x) and tuple(x.shape) != tuple(shape):
+        raise ValueError(
+            f"spec was built for leaf '{path}' of shape {tuple(shape)}, the optimizer received "
+            f"{tuple(x.shape)}: build the spec with the same parameters"
+        )
+    return position[path]
+
+
+def _statistics(packing: Packing, form: str, approx: str) -> Callable[..., tuple[Any, Any]]:
+    """The engine's ``source``: stacks of :class:`Rows` or :class:`Grams` by bucket."""
+
+    def source(plan: Plan, blocks: Any, extra: dict[str, Any]) -> tuple[Any, Any]:
+        del blocks
+        curvature = extra["curvature"]
+        if curvature is None:
+            return None, False
+        out = {}
+        for bucket in plan.buckets:
+            parts = []
+            for slot in bucket.slots:
+                path = plan.covered[slot.leaf].path.removeprefix(LAYERS + "/")
+                layer, _, bias = packing.layers[path]
+                read = curvature.rows if form == "rows" else curvature.grams
+                part = read(path, approx=approx, bias=bias is not None)
+                parts.append(_ordered(part, layer) if packing.channels_first else part)
+            out[bucket.key] = _stacked(parts, bucket.dtype)
+        return out, curvature.fresh
+
+    return source
+
+
+def _ordered(part: Rows | Grams, layer: LayerLike) -> Rows | Grams:
+    a = _reorder(part.a, layer, part.a.ndim - 1)
+    if isinstance(part, Grams) and a.ndim == 3:
+        a = _reorder(a, layer, 1)
+    return part._replace(a=a)
+
+
+def _stacked(parts: list[Any], dtype: Any) -> Any:
+    """One stack of statistics; layers with fewer rows are padded with zeros."""
+    if isinstance(parts[0], Rows):
+        longest = [max(p[i].shape[1] for p in parts) for i in (0, 1)]
+        parts = [
+            Rows(*(jnp.pad(x, ((0, 0), (0, n - x.shape[1]), (0, 0)))
+                   for x, n in zip(p, longest, strict=True)))
+            for p in parts
+        ]  # fmt: skip
+    return jax.tree.map(lambda *x: jnp.concatenate([y.astype(dtype) for y in x]), *parts)
+
+
+class LayerTransformation(optax.GradientTransformationExtraArgs):
+    """A GradientTransformationExtraArgs that knows which parameters it treats as layers.
+
+    Attributes:
+      covered: ``tree -> tree of bools``: True for the weights and biases of layers, False for what
+        the fallback treats; a mask for optax.masked.
+    """
+
+    covered: Callable[[Any], Any]
+
+
+def scale_by_layers(
+    method: BlockMethod | Mapping[str, BlockMethod],
+    spec: Any,
+    *,
+    assign: Callable[[Any], str | None] | None = None,
+    form: str = "rows",
+    approx: str = "expand",
+    joint_bias: bool = True,
+    channels_first: bool = False,
+    clip: Clip | None = None,
+    fallback: Any = "adam",
+    **engine: Any,
+) -> "LayerTransformation":
+    """Builds a transformation whose statistics are layer inputs and output gradients.
+
+    Args:
+      method: pure functions on one layer: gradient ``(d_in [+ 1], d_out)``, statistic
+        :class:`Rows` or :class:`Grams`; or several, by name, with ``assign``.
+      spec: the :class:`~kradagrad_jax.curvature.CaptureSpec` of the model.
+      assign: ``layer -> name of its method``, or None for the fallback. With a single method:
+        ``layer -> None`` leaves a layer out, any string keeps it.
+      form: ``"rows"`` or ``"grams"``, what the method takes.
+      approx: ``"expand"`` or ``"reduce"`` where a weight is used at several positions.
+      joint_bias: the bias is the last row of its layer's matrix; False leaves it to the fallback.
+      channels_first: rows of convolutions ordered (channel, height, width).
+      clip: ``(updates, gradients, count) -> updates`` on ``{path: packed matrices}``.
+      fallback: for leaves that are no layer: ``"adam"`` (``optax.scale_by_adam()``), another graft
+        kind, ``"identity"``, or a GradientTransformation with positive sign.
+      **engine: further arguments of :func:`scale_by_blocks`.
+
+    Returns:
+      A :class:`LayerTransformation`; ``update(grads, state, params, curvature=...)``.
+      ``curvature=None`` means "no new statistics at this step".
+
+    Raises:
+      ValueError: while tracing: no layer in ``spec``, parameters that do not fit it, an ``update``
+        without ``curvature``.
+    """
+    if not spec.layers:
+        raise ValueError(f"no parameter leaf of the model has statistics:\n{spec}")
+    methods = {"": method} if isinstance(method, BlockMethod) else dict(method)
+    single = isinstance(method, BlockMethod)
+    groups = {layer.path: "" if assign is None else assign(layer) for layer in spec.layers}
+    if single:
+        groups = {path: None if name is None else "" for path, name in groups.items()}
+    unknown = sorted({str(g) for g in groups.values() if g is not None and g not in methods})
+    if unknown:
+        raise ValueError(f"assign names methods {unknown}, there are {sorted(methods)}")
+    if isinstance(fallback, str) and fallback == "adam":
+        fallback = optax.scale_by_adam()
+    rest = _on_rest(cast(Any, fallback)) if hasattr(fallback, "update") else fallback
+    layout = Layout(
+        block_size=None,
+        merge="none",
+        vectors="block",
+        include=lambda path, _: path.startswith(LAYERS + "/"),
+        stacked=lambda path, _: int(path.startswith(LAYERS + "/")),
+        group=lambda path, _: groups[path.removeprefix(LAYERS + "/")] or "",
+    )
+
+    def packed(tree: Any) -> Packing:
+        wanted = {path for path, group in groups.items() if group is not None}
+        return packing_of(spec, tree, joint_bias, lambda x: x.path in wanted, channels_first)
+
+    def engine_of(packing: Packing | None) -> optax.GradientTransformationExtraArgs:
+        source = {} if packing is None else {"source": _statistics(packing, form, approx)}
+        return scale_by_blocks(
+            methods[""] if single else methods,
+            layout=layout,
+            fallback=rest,
+            **source,
+            **engine,
+        )
+
+    def init(params: optax.Params) -> Any:
+        if not jax.tree.leaves(params):
+            return engine_of(None).init(params)
+        packing = packed(params)
+        return engine_of(packing).init(cast(Any, packing.split(params)))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if "curvature" not in extra:
+            raise ValueError(
+                "`curvature=` is missing in the update; did a wrapper drop extra arguments "
+                "(TrainState, lookahead)? Pass curvature=None for a step without new statistics"
+            )
+        packing = packed(updates)
+        parts = packing.split(updates)
+        theirs = None if params is None else packing.split(params)
+        result = engine_of(packing).update(cast(Any, parts), state, cast(Any, theirs), **extra)
+        out, new = cast(tuple[dict[str, Any], BlockState], result)
+        if clip is not None and packing.layers:
+            out = {LAYERS: clip(out[LAYERS], parts[LAYERS], new.count), REST: out[REST]}
+        return packing.join(out, updates), cast(optax.OptState, new)
+
+    def covered(tree: Any) -> Any:
+        packing = packed(tree)
+        leaves, treedef = trees.flatten(tree)
+        own = {i for _, weight, bias in packing.layers.values() for i in (weight, bias)}
+        return treedef.unflatten(
+            [x if trees.is_masked(x) else i in own for i, x in enumerate(leaves)]
+        )
+
+    out = LayerTransformation(init, update)
+    out.covered = covered
+    return out
+
+
+def _on_rest(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The user's fallback, on the leaves in their own tree structure."""
+    run = optax.with_extra_args_support(inner)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[dict[str, Any], Any]:
+        own = None if params is None else params[REST]
+        rest, state = run.update(updates[REST], state, own, **extra)
+        return {LAYERS: updates[LAYERS], REST: rest}, state
+
+    def init(params: Any) -> Any:
+        return run.init(params[REST] if isinstance(params, dict) and REST in params else params)
+
+    return optax.GradientTransformationExtraArgs(init, update)

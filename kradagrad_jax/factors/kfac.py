@@ -1,0 +1,219 @@
+"""K-FAC on one layer: second moments of its inputs and output gradients, damped inverses of both.
+
+The damping acts on the Kronecker product A x G of the two; how it is shared out among the factors
+is the damping rule. Formulas: arXiv 1503.05671 section 6.3, 1602.01407 for shared weights.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kradagrad_jax.factors.method import BlockMethod, Grams, Rows, Step
+from kradagrad_jax.linalg import (
+    cholesky,
+    eigh,
+    matmul,
+    sr_update,
+    svd,
+    symmetrize,
+    triangular_inverse,
+)
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+class KfacFactor(NamedTuple):
+    """State of one layer.
+
+    Attributes:
+      statistics: A ``(d_in, d_in)`` and G ``(d_out, d_out)``, or their diagonals; with square-root
+        statistics the upper triangular R with ``R^T R = A``.
+      weight: sum of the weights of the statistics in the average (bias-corrected averaging), or
+        their number; scalar.
+      vectors: eigenvectors of A and G; ``(None, None)`` for Cholesky inverses.
+      inverses: damped inverses of A and G; beside eigenvectors: eigenvalues (inverted for the
+        factored rule, as they are for the other two).
+    """
+
+    statistics: Pair
+    weight: jax.Array
+    vectors: tuple[jax.Array | None, jax.Array | None]
+    inverses: Pair
+
+
+class KfacOptions(NamedTuple):
+    """Static choices and numbers of K-FAC; see :func:`scale_by_kfac`."""
+
+    ema: Any = 0.95
+    averaging: str = "corrected"
+    damping: Any = 1e-3
+    damping_rule: str = "factored"
+    inverse: str = "cholesky"
+    statistics: str = "gram"
+    diagonal: tuple[bool, bool] = (False, False)
+
+
+def kfac_method(o: KfacOptions) -> BlockMethod:
+    """The layer method for gradients ``(d_in, d_out)``.
+
+    Statistics are :class:`Rows` (required by square-root statistics) or :class:`Grams`.
+    """
+
+    def init(shape: tuple[int, ...], dtype: Any) -> KfacFactor:
+        start = 1.0 if o.averaging == "identity" else 0.0
+        eye = [
+            jnp.ones(n, dtype) if diagonal else jnp.eye(n, dtype=dtype)
+            for n, diagonal in zip(shape, o.diagonal, strict=True)
+        ]
+        spectral = [o.inverse == "eigh" and not diagonal for diagonal in o.diagonal]
+        return KfacFactor(
+            (start * eye[0], start * eye[1]),
+            jnp.zeros((), dtype),
+            (eye[0] if spectral[0] else None, eye[1] if spectral[1] else None),
+            (
+                jnp.ones(shape[0], dtype) if spectral[0] else eye[0] + 0.0,
+                jnp.ones(shape[1], dtype) if spectral[1] else eye[1] + 0.0,
+            ),
+        )
+
+    def accumulate(factor: KfacFactor, statistic: Rows | Grams, step: Step) -> KfacFactor:
+        del step
+        share, weight = _share(o, factor.weight)
+        if o.statistics == "square_root":
+            if not isinstance(statistic, Rows):
+                raise ValueError(
+                    "square-root statistics need the rows of a and g, not their Gram matrices: "
+                    "capture with reducer='raw'"
+                )
+            new = [
+                sr_update(r, rows.T, 1 - share, share)
+                for r, rows in zip(factor.statistics, statistic, strict=True)
+            ]
+        else:
+            new = [
+                old + share * (batch - old)
+                for old, batch in zip(factor.statistics, _grams(statistic, o), strict=True)
+            ]
+        return factor._replace(statistics=(new[0], new[1]), weight=weight)
+
+    def refresh(factor: KfacFactor, step: Step) -> KfacFactor:
+        lam = _at(o.damping, step, factor.weight.dtype)
+        if o.inverse == "cholesky":
+            return factor._replace(inverses=_factored(factor.statistics, lam, _inverse))
+        pairs = [_spectrum(s, o.statistics) for s in factor.statistics]
+        values = (jnp.maximum(pairs[0][0], 0), jnp.maximum(pairs[1][0], 0))
+        if o.damping_rule == "factored":
+            values = _factored(values, lam, lambda w, shift: 1 / (w + shift))
+        elif (
+            o.damping_rule == "relative"
+        ):  # as published: rounding noise of a factor is no curvature
+            values = (_drop_noise(values[0]), _drop_noise(values[1]))
+        return factor._replace(vectors=(pairs[0][1], pairs[1][1]), inverses=values)
+
+    def precondition(factor: KfacFactor, g: jax.Array, step: Step) -> jax.Array:
+        if o.damping_rule == "factored":
+            left, right = factor.inverses
+            if o.inverse == "eigh":
+                g = _rotate(factor.vectors, g)
+                return _rotate(factor.vectors, left[:, None] * g * right[None, :], back=True)
+            return _times(left, g) if right.ndim == 1 else matmul(_times(left, g), right)
+        values = factor.inverses
+        lam = _at(o.damping, step, g.dtype)
+        if o.damping_rule == "relative":
+            lam = lam * jnp.max(values[0]) * jnp.max(values[1])
+        curvature = values[0][:, None] * values[1][None, :] + lam
+        g = _rotate(factor.vectors, g)
+        # before the first refresh, or with curvature zero throughout: no preconditioning
+        return _rotate(factor.vectors, g / jnp.where(curvature > 0, curvature, 1), back=True)
+
+    return BlockMethod(init, accumulate, refresh, precondition)
+
+
+def _at(value: Any, step: Step, dtype: Any) -> jax.Array:
+    """A number or an optax schedule (which counts from 0) at this step."""
+    return jnp.asarray(value(step.count - 1) if callable(value) else value).astype(dtype)
+
+
+def _share(o: KfacOptions, weight: jax.Array) -> Pair:
+    """Share of the new statistic in the average, and the new weight."""
+    ema = jnp.asarray(o.ema, weight.dtype)
+    if o.averaging == "corrected":
+        weight = ema * weight + 1
+        return 1 / weight, weight
+    weight = weight + 1
+    if o.averaging == "capped":  # plain mean at first: arXiv 1503.05671 section 5
+        return 1 - jnp.minimum(1 - 1 / weight, ema), weight
+    return 1 - ema, weight
+
+
+def _grams(statistic: Rows | Grams, o: KfacOptions) -> Pair:
+    if isinstance(statistic, Grams):
+        return statistic.a, statistic.g
+    parts = [
+        jnp.sum(x * x, axis=0) if diagonal else matmul(x.T, x)
+        for x, diagonal in zip(statistic, o.diagonal, strict=True)
+    ]
+    return parts[0], parts[1]
+
+
+def _factored(factors: Pair, lam: jax.Array, invert: Any) -> Pair:
+    """Inverses of both factors with ``pi``-balanced damping (factored Tikhonov).
+
+    Both are brought to unit mean eigenvalue first; a 1 x 1 factor takes no damping of its own.
+    ``factors`` are matrices, or vectors of eigenvalues.
+    """
+    sizes = [f.shape[0] for f in factors]
+    means = [(jnp.trace(f) if f.ndim == 2 else jnp.sum(f)) / f.shape[0] for f in factors]
+    alive = jnp.minimum(means[0], means[1]) > 0
+    means = [jnp.where(alive, m, 1) for m in means]
+    c = jnp.sqrt(means[0]) * jnp.sqrt(means[1])
+    live = sum(n > 1 for n in sizes)
+    out = []
+    for f, mean, n in zip(factors, means, sizes, strict=True):
+        if live == 0:
+            inverse = jnp.ones_like(f) / jnp.sqrt(c * c + lam)
+        elif n == 1:
+            inverse = jnp.ones_like(f) / c
+        else:
+            shift = (lam / (c * c)) ** (1 / live)
+            floor = n * jnp.finfo(f.dtype).eps  # below it a singular factor has no inverse
+            inverse = invert(f / mean, jnp.maximum(shift, floor)) / c
+        none = jnp.eye(n, dtype=f.dtype) if f.ndim == 2 else jnp.ones_like(f)
+        out.append(jnp.where(alive, inverse, none / jnp.sqrt(lam)))
+    return out[0], out[1]
+
+
+def _inverse(f: jax.Array, shift: jax.Array) -> jax.Array:
+    if f.ndim == 1:
+        return 1 / (f + shift)
+    half = triangular_inverse(cholesky(f + shift * jnp.eye(f.shape[0], dtype=f.dtype)), lower=True)
+    return symmetrize(matmul(half.T, half))
+
+
+def _spectrum(s: jax.Array, form: str) -> tuple[jax.Array, jax.Array | None]:
+    """Eigenvalues and eigenvectors of a statistic; of a diagonal one the vectors are None."""
+    if s.ndim == 1:
+        return (s * s if form == "square_root" else s), None
+    if form == "square_root":
+        vectors, singular, _ = svd(s.T)
+        return singular * singular, vectors
+    return eigh(s)
+
+
+def _drop_noise(w: jax.Array) -> jax.Array:
+    return jnp.where(w <= 1e-10, 0, w)
+
+
+def _times(left: jax.Array, g: jax.Array) -> jax.Array:
+    return left[:, None] * g if left.ndim == 1 else matmul(left, g)
+
+
+def _rotate(vectors: tuple[Any, Any], g: jax.Array, back: bool = False) -> jax.Array:
+    """``Qa^T g Qg``, or back; None stands for the identity."""
+    left, right = vectors
+    if left is not None:
+        g = matmul(left if back else left.T, g)
+    if right is not None:
+        g = matmul(g, right.T if back else right)
+    return g
