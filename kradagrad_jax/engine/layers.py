@@ -6,7 +6,7 @@ fallback. Guards, timing and grafting are thus those of :func:`scale_by_blocks`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ LAYERS, REST = "layers", "rest"
 Clip = Callable[[dict[str, jax.Array], dict[str, jax.Array], jax.Array], dict[str, jax.Array]]
 
 
+@runtime_checkable
 class LayerLike(Protocol):
     """What the engine has to know about a layer; ``curvature.Layer`` is one."""
 
