@@ -10,6 +10,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # `tests.*` and a checkout that is not installed
     sys.path.insert(0, str(ROOT))
+# The inner floors, where annotations are the contract. The public face has messages of its own for
+# arguments of a wrong type, and tests of them.
+CHECKED = [
+    *(f"kradagrad_jax.linalg.{name}" for name in ("arrays", "lapack", "newton", "products")),
+    "kradagrad_jax.linalg.tracking",
+    "kradagrad_jax.factors",
+    *(f"kradagrad_jax.engine.{name}" for name in ("buckets", "grafting", "layers", "report")),
+    *(f"kradagrad_jax.engine.{name}" for name in ("stacks", "step", "timing", "trees")),
+]
 
 
 def pytest_addoption(parser):
@@ -32,4 +41,4 @@ def pytest_configure(config):
     if config.getoption("--typecheck"):
         import jaxtyping
 
-        config.kradagrad_hook = jaxtyping.install_import_hook("kradagrad_jax", "beartype.beartype")
+        config.kradagrad_hook = jaxtyping.install_import_hook(CHECKED, "beartype.beartype")

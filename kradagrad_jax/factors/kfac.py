@@ -81,7 +81,7 @@ def kfac_method(o: KfacOptions) -> BlockMethod:
         del step
         share, weight = _share(o, factor.weight)
         if o.statistics == "square_root":
-            if not isinstance(statistic, Rows):
+            if not isinstance(statistic, Rows) or any(o.diagonal):
                 raise ValueError(
                     "square-root statistics need the rows of a and g, not their Gram matrices: "
                     "capture with reducer='raw'"
@@ -148,12 +148,20 @@ def _share(o: KfacOptions, weight: jax.Array) -> Pair:
 
 
 def _grams(statistic: Rows | Grams, o: KfacOptions) -> Pair:
-    if isinstance(statistic, Grams):
-        return statistic.a, statistic.g
-    parts = [
-        jnp.sum(x * x, axis=0) if diagonal else matmul(x.T, x)
-        for x, diagonal in zip(statistic, o.diagonal, strict=True)
-    ]
+    """Both second moments in the form (matrix or diagonal) that is kept of them."""
+    parts = []
+    for x, diagonal in zip(statistic, o.diagonal, strict=True):
+        if isinstance(statistic, Rows):
+            parts.append(jnp.sum(x * x, axis=0) if diagonal else matmul(x.T, x))
+        elif diagonal:
+            parts.append(x if x.ndim == 1 else jnp.diagonal(x))
+        elif x.ndim == 1:
+            raise ValueError(
+                f"a factor of size {x.shape[0]} is kept as a matrix, its statistic is a diagonal: "
+                "give the reducer and the optimizer the same max_dim"
+            )
+        else:
+            parts.append(x)
     return parts[0], parts[1]
 
 
@@ -177,8 +185,7 @@ def _factored(factors: Pair, lam: jax.Array, invert: Any) -> Pair:
             inverse = jnp.ones_like(f) / c
         else:
             shift = (lam / (c * c)) ** (1 / live)
-            floor = n * jnp.finfo(f.dtype).eps  # below it a singular factor has no inverse
-            inverse = invert(f / mean, jnp.maximum(shift, floor)) / c
+            inverse = invert(f / mean, shift) / c
         none = jnp.eye(n, dtype=f.dtype) if f.ndim == 2 else jnp.ones_like(f)
         out.append(jnp.where(alive, inverse, none / jnp.sqrt(lam)))
     return out[0], out[1]
@@ -187,6 +194,8 @@ def _factored(factors: Pair, lam: jax.Array, invert: Any) -> Pair:
 def _inverse(f: jax.Array, shift: jax.Array) -> jax.Array:
     if f.ndim == 1:
         return 1 / (f + shift)
+    # the mean eigenvalue is one; below this shift a singular factor has no Cholesky factor
+    shift = jnp.maximum(shift, f.shape[0] * jnp.finfo(f.dtype).eps)
     half = triangular_inverse(cholesky(f + shift * jnp.eye(f.shape[0], dtype=f.dtype)), lower=True)
     return symmetrize(matmul(half.T, half))
 

@@ -22,6 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "statistics": "gram",
         "approx": "expand",
         "joint_bias": True,
+        "max_dim": 8192,
         "graft": "none",
         "refresh_every": 10,
         "statistics_every": 1,
@@ -45,6 +46,7 @@ def scale_by_kfac(
     statistics: str | None = None,
     approx: str | None = None,
     joint_bias: bool | None = None,
+    max_dim: int | None = None,
     norm_constraint: Any = None,
     rms_clip: Any = None,
     learning_rate: Any = None,
@@ -86,6 +88,9 @@ def scale_by_kfac(
       approx: ``"expand"`` or ``"reduce"`` (arXiv 2311.00636) for weights used at several positions;
         statistics of ``reducer="kron_reduce"`` are of the second kind.
       joint_bias: treat a layer's bias as a row of its weight; False: as any other vector.
+      max_dim: longer sides of a layer keep the diagonal of their factor only, as embeddings do for
+        their rows; with square-root statistics such layers are left to the fallback. Default 8192,
+        as the reducers of :mod:`kradagrad_jax.curvature`.
       norm_constraint: largest predicted change ``lr^2 <u, M>`` summed over layers (kfac-jax); needs
         ``learning_rate``. None: no bound.
       rms_clip: largest root mean square of a layer's update (arXiv 2206.15397: 0.07). None: none.
@@ -123,14 +128,13 @@ def scale_by_kfac(
     if norm_constraint is not None:
         bound = clipping.norm_constraint(norm_constraint, learning_rate)
     methods = {
-        "dense": kfac_method(options),
-        "embed": kfac_method(options._replace(diagonal=(True, False))),
+        _FORMS[diagonal]: kfac_method(options._replace(diagonal=diagonal)) for diagonal in _FORMS
     }
     form = "rows" if options.statistics == "square_root" else "grams"
     return scale_by_layers(
         methods,
         spec,
-        assign=lambda layer: _assign(layer, form),
+        assign=lambda layer: _form_of(layer, form, c["max_dim"], c["joint_bias"]),
         form=form,
         approx=c["approx"],
         joint_bias=c["joint_bias"],
@@ -144,10 +148,21 @@ def scale_by_kfac(
     )
 
 
-def _assign(layer: Any, form: str) -> str | None:
-    if layer.kind != "embed":
-        return "dense"
-    return "embed" if form == "grams" else None
+_FORMS = {
+    (False, False): "dense",
+    (True, False): "diagonal A",
+    (False, True): "diagonal G",
+    (True, True): "diagonal A, G",
+}
+
+
+def _form_of(layer: Any, form: str, max_dim: int, joint_bias: bool) -> str | None:
+    """Which factors of a layer are kept as diagonals; None: the layer is left to the fallback."""
+    inputs = layer.d_in + (joint_bias and layer.bias is not None)
+    diagonal = (layer.kind == "embed" or inputs > max_dim, layer.d_out > max_dim)
+    if form == "rows" and any(diagonal):
+        return None
+    return _FORMS[diagonal]
 
 
 def _options(c: dict[str, Any]) -> KfacOptions:
