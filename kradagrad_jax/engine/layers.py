@@ -106,17 +106,23 @@ def packing_of(
         if not used(layer):
             continue
         weight = _find(layer.path, layer.shape, position, leaves)
-        if trees.is_masked(leaves[weight]):
+        if weight is None:
             continue
         bias = None
-        if joint_bias and layer.bias is not None:
+        if joint_bias and layer.bias is not None and layer.bias_shape is not None:
             bias = _find(layer.bias, layer.bias_shape, position, leaves)
-            bias = None if trees.is_masked(leaves[bias]) else bias
         layers[layer.path] = (layer, weight, bias)
     return Packing(layers, treedef, channels_first)
 
 
-def _find(path: str, shape: tuple[int, ...], position: dict[str, int], leaves: list[Any]) -> int:
+def _find(
+    path: str, shape: tuple[int, ...], position: dict[str, int], leaves: list[Any]
+) -> int | None:
+    """Position of a leaf; None where it, or a subtree that it lies in, is masked."""
+    names = path.split("/")
+    above = ["/".join(names[:i]) for i in range(1, len(names) + 1)]
+    if any(p in position and trees.is_masked(leaves[position[p]]) for p in above):
+        return None
     if path not in position:
         some = ", ".join(repr(p) for p in list(position)[:4])
         raise ValueError(
@@ -124,7 +130,7 @@ def _find(path: str, shape: tuple[int, ...], position: dict[str, int], leaves: l
             "build the spec with the same tree that the optimizer gets"
         )
     x = leaves[position[path]]
-    if not trees.is_masked(x) and tuple(x.shape) != tuple(shape):
+    if tuple(x.shape) != tuple(shape):
         raise ValueError(
             f"spec was built for leaf '{path}' of shape {tuple(shape)}, the optimizer received "
             f"{tuple(x.shape)}: build the spec with the same parameters"
