@@ -85,3 +85,39 @@ def fashion_mnist() -> Split:
         return Images(x.reshape(len(x), -1).astype(np.float32) / 255, y.astype(np.int32))
 
     return Split(images("train"), images("t10k"))
+
+
+class Text(NamedTuple):
+    """Characters as numbers.
+
+    Attributes:
+      train, valid: int32 vectors, the last tenth is for validation.
+      characters: the alphabet.
+    """
+
+    train: np.ndarray
+    valid: np.ndarray
+    characters: str
+
+
+def python_topics(limit: int | None = None) -> Text:
+    """The help texts that come with Python (``pydoc_data.topics``): 0.7 MB of English prose.
+
+    Args:
+      limit: use the first so many characters only.
+
+    Raises:
+      UsageError: this Python was installed without them.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UsageError("this Python comes without pydoc_data (its help texts)") from error
+    text = "\n".join(topics[name] for name in sorted(topics))
+    text = "".join(c if c in "\n" or " " <= c <= "~" else " " for c in text)[:limit]
+    characters = "".join(sorted(set(text)))
+    table = np.zeros(128, np.int32)
+    table[[ord(c) for c in characters]] = np.arange(len(characters))
+    codes = table[np.frombuffer(text.encode(), np.uint8)]
+    cut = len(codes) * 9 // 10
+    return Text(codes[:cut], codes[cut:], characters)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 
 class MLP(nn.Module):
@@ -37,3 +38,75 @@ class Autoencoder(nn.Module):
         """``(n, pixels)`` to ``(n, pixels)``."""
         code = MLP(tuple(self.widths[1:]), name="encoder")(x)
         return MLP(tuple(reversed(self.widths[:-1])), name="decoder")(code)
+
+
+class ConvNet(nn.Module):
+    """Convolutions with ReLU and 2x2 mean pooling, then one dense layer on the mean over positions.
+
+    Attributes:
+      channels: of the convolutions (3x3, padded).
+      outputs: number of classes.
+    """
+
+    channels: Sequence[int]
+    outputs: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(n, pixels)`` of square images to ``(n, outputs)``."""
+        side = round(x.shape[1] ** 0.5)
+        x = x.reshape(len(x), side, side, 1)
+        for i, width in enumerate(self.channels):
+            x = nn.relu(nn.Conv(width, (3, 3))(x))
+            if i < len(self.channels) - 1:
+                x = nn.avg_pool(x, (2, 2), (2, 2))
+        return nn.Dense(self.outputs)(jnp.mean(x, axis=(1, 2)))
+
+
+class Attention(nn.Module):
+    """Causal self-attention; query, key and value read the same input."""
+
+    heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(n, length, width)`` to the same."""
+        n, length, width = x.shape
+        q, k, v = (
+            nn.Dense(width, dtype=self.dtype, name=name)(x).reshape(n, length, self.heads, -1)
+            for name in ("query", "key", "value")
+        )
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return nn.Dense(width, dtype=self.dtype, name="out")(out.reshape(n, length, width))
+
+
+class CharTransformer(nn.Module):
+    """A decoder-only transformer on characters: pre-norm, learned positions, no dropout.
+
+    Attributes:
+      vocabulary: number of characters.
+      length: of the sequences.
+      layers, width, heads: of the blocks; the hidden layer of each has ``4 * width``.
+      dtype: of the computation; parameters stay float32.
+    """
+
+    vocabulary: int
+    length: int
+    layers: int = 2
+    width: int = 64
+    heads: int = 4
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """``(n, length)`` int32 to logits ``(n, length, vocabulary)`` of the next character."""
+        dtype = jnp.dtype(self.dtype)
+        x = nn.Embed(self.vocabulary, self.width, dtype=dtype)(tokens)
+        place = self.param("position", nn.initializers.normal(0.02), (self.length, self.width))
+        x = x + place.astype(dtype)
+        for _ in range(self.layers):
+            x = x + Attention(self.heads, dtype)(nn.LayerNorm(dtype=dtype)(x))
+            h = nn.Dense(4 * self.width, dtype=dtype)(nn.LayerNorm(dtype=dtype)(x))
+            x = x + nn.Dense(self.width, dtype=dtype)(nn.gelu(h))
+        return nn.Dense(self.vocabulary, dtype=dtype)(nn.LayerNorm(dtype=dtype)(x))

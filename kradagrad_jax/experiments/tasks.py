@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from kradagrad_jax.curvature import losses
 from kradagrad_jax.experiments import data, models
 from kradagrad_jax.experiments.names import check_keys, lookup
 
@@ -18,6 +19,20 @@ Metrics = dict[str, jax.Array]
 
 def _unwrapped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     return tx
+
+
+class Parts(NamedTuple):
+    """A task's loss as a likelihood of a model's outputs, for methods that draw labels.
+
+    Attributes:
+      model: ``(params, inputs)`` to outputs z.
+      examples: ``(data, batch)`` to ``(inputs, targets)``.
+      likelihood: a loss of :mod:`kradagrad_jax.curvature`; its value is the task's loss.
+    """
+
+    model: Callable[[Any, Any], jax.Array]
+    examples: Callable[[Any, jax.Array], tuple[Any, Any]]
+    likelihood: Any
 
 
 class Task(NamedTuple):
@@ -30,6 +45,7 @@ class Task(NamedTuple):
       order: ``(seed, steps)`` to the batches: an array whose leading axis is ``steps``.
       wrap: goes around every optimizer of the task.
       x64: needs jax's 64-bit mode.
+      parts: the loss taken apart; None where it is no likelihood.
     """
 
     setup: Callable[[int], tuple[Any, Any]]
@@ -38,6 +54,7 @@ class Task(NamedTuple):
     order: Callable[[int, int], np.ndarray]
     wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = _unwrapped
     x64: bool = False
+    parts: Parts | None = None
 
 
 class Entry(NamedTuple):
@@ -81,65 +98,128 @@ def shuffled(size: int, batch_size: int) -> Callable[[int, int], np.ndarray]:
     return order
 
 
-def _image_task(
-    split: data.Split, model: Any, batch_size: int, metrics: Callable[..., Metrics]
+def _supervised(
+    model: Any, examples: Any, likelihood: Any, size: int, batch_size: int, **data: Any
 ) -> Task:
-    """A task whose loss is ``metrics(logits, images, labels)["loss"]``."""
-    train, valid = jax.tree.map(jnp.asarray, split)
+    """A task of inputs, targets and a likelihood.
+
+    ``data``: the arrays ``train`` and ``valid``; ``examples(part, rows)``: inputs and targets.
+    """
+    parts = Parts(
+        lambda params, inputs: model.apply({"params": params}, inputs),
+        lambda both, batch: examples(both["train"], batch),
+        likelihood,
+    )
 
     def setup(seed: int) -> tuple[Any, Any]:
-        return model.init(jax.random.key(seed), train.x[:1])["params"], (train, valid)
-
-    def measure(params: Any, images: data.Images) -> Metrics:
-        return metrics(model.apply({"params": params}, images.x), images.x, images.y)
+        both = jax.tree.map(jnp.asarray, data)
+        first = parts.examples(both, jnp.arange(1))[0]
+        return model.init(jax.random.key(seed), first)["params"], both
 
     def loss(params: Any, both: Any, batch: jax.Array) -> jax.Array:
-        return measure(params, jax.tree.map(lambda a: a[batch], both[0]))["loss"]
+        inputs, targets = parts.examples(both, batch)
+        return likelihood.value(parts.model(params, inputs), targets)
 
     def evaluate(params: Any, both: Any) -> Metrics:
-        return measure(params, both[1])
+        inputs, targets = examples(both["valid"], slice(None))
+        z = parts.model(params, inputs)
+        metrics = {"loss": likelihood.value(z, targets)}
+        if jnp.issubdtype(targets.dtype, jnp.integer):
+            hits = jnp.argmax(z, -1) == targets
+            metrics["accuracy"] = jnp.mean(hits, dtype=jnp.float32)
+        return metrics
 
-    return Task(setup, loss, evaluate, shuffled(len(train.x), batch_size))
+    return Task(setup, loss, evaluate, shuffled(size, batch_size), parts=parts)
 
 
 def _load(source: str) -> data.Split:
     return {"digits": data.digits, "fashion": data.fashion_mnist}[source]()
 
 
+def _labelled(images: data.Images, rows: Any) -> tuple[jax.Array, jax.Array]:
+    return images.x[rows], images.y[rows]
+
+
+def _itself(images: data.Images, rows: Any) -> tuple[jax.Array, jax.Array]:
+    return images.x[rows], images.x[rows]
+
+
 def classifier(
     source: str = "digits", widths: Sequence[int] = (128, 128), batch_size: int = 100
 ) -> Task:
     """An MLP with hidden layers ``widths`` on ten classes, cross entropy."""
+    split, likelihood = _load(source), losses.softmax_cross_entropy()
+    size, model = len(split.train.x), models.MLP((*widths, 10))
+    return _supervised(model, _labelled, likelihood, size, batch_size, **split._asdict())
 
-    def metrics(logits: jax.Array, x: jax.Array, y: jax.Array) -> Metrics:
-        del x
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-        return {"loss": loss, "accuracy": jnp.mean(jnp.argmax(logits, -1) == y, dtype=jnp.float32)}
 
-    return _image_task(_load(source), models.MLP((*widths, 10)), batch_size, metrics)
+def convnet(
+    source: str = "digits", channels: Sequence[int] = (16, 32), batch_size: int = 100
+) -> Task:
+    """A small convolutional net on ten classes, cross entropy."""
+    split, likelihood = _load(source), losses.softmax_cross_entropy()
+    size, model = len(split.train.x), models.ConvNet(tuple(channels))
+    return _supervised(model, _labelled, likelihood, size, batch_size, **split._asdict())
 
 
 def autoencoder(
     source: str = "digits", widths: Sequence[int] = (128, 64, 32, 16), batch_size: int = 100
 ) -> Task:
     """Encoder ``widths`` and its mirror image, mean binary cross entropy per pixel."""
-
-    def metrics(logits: jax.Array, x: jax.Array, y: jax.Array) -> Metrics:
-        del y
-        return {"loss": optax.sigmoid_binary_cross_entropy(logits, x).mean()}
-
     split = _load(source)
-    model = models.Autoencoder((split.train.x.shape[1], *widths))
-    return _image_task(split, model, batch_size, metrics)
+    likelihood = losses.sigmoid_binary_cross_entropy(event_dims=0)  # every pixel is a loss term
+    size, model = len(split.train.x), models.Autoencoder((split.train.x.shape[1], *widths))
+    return _supervised(model, _itself, likelihood, size, batch_size, **split._asdict())
+
+
+def characters(
+    length: int = 64,
+    layers: int = 2,
+    width: int = 64,
+    heads: int = 4,
+    batch_size: int = 16,
+    valid_size: int = 64,
+    limit: int | None = None,
+    dtype: str = "float32",
+) -> Task:
+    """Next-character prediction on Python's help texts by a small transformer.
+
+    Sequences do not overlap; ``valid_size`` of them, evenly spread, are for validation.
+    """
+    text = data.python_topics(limit)
+    model = models.CharTransformer(len(text.characters), length, layers, width, heads, dtype)
+
+    def cut(codes: np.ndarray, count: int | None) -> np.ndarray:
+        rows = (len(codes) - 1) // length
+        starts = length * np.unique(np.linspace(0, rows - 1, count or rows).astype(int))
+        return codes[starts[:, None] + np.arange(length + 1)]
+
+    def examples(sequences: jax.Array, rows: Any) -> tuple[jax.Array, jax.Array]:
+        chosen = sequences[rows]
+        return chosen[:, :-1], chosen[:, 1:]
+
+    train, valid = cut(text.train, None), cut(text.valid, valid_size)
+    likelihood = losses.softmax_cross_entropy()
+    return _supervised(
+        model, examples, likelihood, len(train), batch_size, train=train, valid=valid
+    )
 
 
 _HERE, _QUADRATIC = "kradagrad_jax.experiments.tasks", "kradagrad_jax.experiments.quadratic"
 
 register("quadratic", f"{_QUADRATIC}:quadratic", "tr(X' A X B), condition 1e20, full batch")
 register("digits", f"{_HERE}:classifier", "MLP on scikit-learn's 8x8 digits")
+register("digits_conv", f"{_HERE}:convnet", "Convolutional net on the same digits")
 register("digits_autoencoder", f"{_HERE}:autoencoder", "Deep autoencoder of the same digits")
 register(
     "fashion", f"{_HERE}:classifier", "MLP on Fashion-MNIST", source="fashion", widths=(512, 512)
+)
+register(
+    "fashion_conv",
+    f"{_HERE}:convnet",
+    "Convolutional net on Fashion-MNIST",
+    source="fashion",
+    channels=(16, 32, 32),
 )
 register(
     "fashion_autoencoder",
@@ -147,4 +227,7 @@ register(
     "Deep autoencoder of Fashion-MNIST",
     source="fashion",
     widths=(1000, 500, 250, 30),
+)
+register(
+    "characters", f"{_HERE}:characters", "Transformer on the characters of Python's help texts"
 )
