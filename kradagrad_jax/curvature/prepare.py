@@ -1,0 +1,166 @@
+"""Traces a user's function and plans its taps."""
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kradagrad_jax.curvature import internals
+from kradagrad_jax.curvature.batch import BatchAxes, batch_axes
+from kradagrad_jax.curvature.execute import Context, Inputs, Sinks, evaluate
+from kradagrad_jax.curvature.finder import Finder
+from kradagrad_jax.curvature.plan import Plan, make_plan
+from kradagrad_jax.curvature.reducers import Reducer
+from kradagrad_jax.engine.trees import paths_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A traced function with its plan.
+
+    Attributes:
+      plan: what to tap.
+      examples: N.
+      values: the flat arguments that are arrays, parameters first.
+      params: number of leaves of the parameters.
+      tree: structure of the results.
+    """
+
+    plan: Plan
+    examples: int
+    values: list[Any]
+    params: int
+    tree: Any
+
+    def run(self, reducer: Reducer, sinks: Sinks, inputs: Inputs, params: Sequence[Any]) -> Any:
+        """Results of the function at these parameters, with taps."""
+        context = Context(self.plan, reducer, sinks, inputs)
+        flat = evaluate(context, [*params, *self.values[self.params :]])
+        return self.tree.unflatten(flat)
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "dtype") and hasattr(x, "shape")
+
+
+def _flat(params: Any, args: Sequence[Any]) -> tuple[list[Any], Any]:
+    leaves, tree = jax.tree.flatten((params, tuple(args)))
+    return leaves, tree
+
+
+def prepare(
+    fn: Callable[..., Any],
+    params: Any,
+    args: Sequence[Any],
+    batch_argnums: int | Sequence[int] | None,
+    *,
+    scalar: bool,
+) -> Prepared:
+    """Traces ``fn(params, *args)`` and finds what to tap.
+
+    Python scalars among the arguments stay constants. ``batch_argnums`` counts as in
+    ``fn(params, *args)``: 1 is the first argument after the parameters.
+
+    Raises:
+      ValueError: the result is not a scalar (if it has to be), no parameter was matched, or there
+        is no batch.
+    """
+    leaves, tree = _flat(params, args)
+    count = len(jax.tree.leaves(params))
+    _check_params(params, leaves[:count])
+    dynamic = [i for i, x in enumerate(leaves) if i < count or _is_array(x)]
+    structure: list[Any] = []
+
+    def flat_fn(*values: Any) -> list[Any]:
+        full = list(leaves)
+        for i, v in zip(dynamic, values, strict=True):
+            full[i] = v
+        inner_params, inner_args = tree.unflatten(full)
+        out, shape = jax.tree.flatten(fn(inner_params, *inner_args))
+        structure.append(shape)
+        return out
+
+    values = [leaves[i] for i in dynamic]
+    graph = internals.trace(flat_fn, values)
+    if scalar:
+        _check_scalar(graph, structure[0])
+    batch, examples = _batch_leaves(params, args, batch_argnums, dynamic)
+    axes = batch_axes(graph, flat_fn, values, batch, examples)
+    plan = _plan(graph, params, leaves[:count], axes)
+    return Prepared(plan, examples, values, count, structure[0])
+
+
+def _plan(graph: internals.Graph, params: Any, leaves: Sequence[Any], axes: BatchAxes) -> Plan:
+    found = Finder(graph, [tuple(x.shape) for x in leaves], axes).found
+    described = [(p, x.shape, x.dtype) for p, x in zip(paths_of(params), leaves, strict=True)]
+    plan = make_plan(graph, found, described, axes.examples)
+    if not plan.taps:
+        raise ValueError(f"curvature capture: no parameter leaf was matched:\n{plan.spec}")
+    return plan
+
+
+def _check_params(params: Any, leaves: Sequence[Any]) -> None:
+    for path, x in zip(paths_of(params), leaves, strict=True):
+        if not _is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+            kind = getattr(x, "dtype", type(x).__name__)
+            raise ValueError(
+                f"parameter '{path}' is {kind}, not a floating-point array: pass what is "
+                "differentiated as the first argument, everything else after it"
+            )
+
+
+def _check_scalar(graph: internals.Graph, structure: Any) -> None:
+    first = graph.block.outputs[0]
+    shape = graph.shapes[first] if isinstance(first, int) else ()
+    if shape != ():
+        raise ValueError(f"loss_fn must return a scalar, got shape {shape}")
+    del structure
+
+
+def _batch_leaves(
+    params: Any, args: Sequence[Any], argnums: int | Sequence[int] | None, dynamic: Sequence[int]
+) -> tuple[list[int], int]:
+    """Positions (among the array arguments) of the leaves with a batch axis, and its length."""
+    owner = [0] * len(jax.tree.leaves(params))
+    for k, arg in enumerate(args, 1):
+        owner += [k] * len(jax.tree.leaves(arg))
+    flat = _flat(params, args)[0]
+    arrays = [(place, owner[i], flat[i]) for place, i in enumerate(dynamic) if owner[i]]
+    if argnums is not None:
+        wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+        chosen = [(p, x) for p, k, x in arrays if k in wanted and x.ndim]
+    else:
+        first = next((x for _, k, x in arrays if k == 1 and x.ndim), None)
+        n = None if first is None else first.shape[0]
+        chosen = [(p, x) for p, _, x in arrays if x.ndim and x.shape[0] == n]
+    sizes = sorted({x.shape[0] for _, x in chosen})
+    if len(sizes) != 1 or sizes[0] == 0:
+        raise ValueError(
+            f"curvature capture: found no common batch axis (axis 0 of {len(chosen)} arguments, "
+            f"lengths {sizes}); pass the batch as an argument after the parameters, and "
+            "batch_argnums= if it is not the first"
+        )
+    return [p for p, _ in chosen], sizes[0]
+
+
+def report(prepared: Prepared, told: set[Any]) -> None:
+    """Warns once about inexact leaves, and logs once what will get the fallback."""
+    for leaf in prepared.plan.spec.leaves:
+        key = (leaf.path, leaf.status)
+        if key in told or leaf.status == "full":
+            continue
+        told.add(key)
+        why = "; ".join(leaf.reasons)
+        if leaf.status == "inexact":
+            warnings.warn(f"curvature capture: leaf '{leaf.path}' inexact: {why}", stacklevel=4)
+        else:
+            log.info(
+                "leaf '%s': status %s, reason: %s; it will use `fallback`",
+                leaf.path, leaf.status, why,
+            )  # fmt: skip
