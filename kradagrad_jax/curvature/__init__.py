@@ -1,9 +1,13 @@
 """Layer inputs and output gradients of any JAX loss, without registration."""
 
+from kradagrad_jax.curvature import losses as losses
 from kradagrad_jax.curvature.capture import inspect as inspect
 from kradagrad_jax.curvature.capture import value_grad_and_curvature as value_grad_and_curvature
 from kradagrad_jax.curvature.check import check as check
 from kradagrad_jax.curvature.container import Curvature as Curvature
+from kradagrad_jax.curvature.fisher import (
+    model_value_grad_and_curvature as model_value_grad_and_curvature,
+)
 from kradagrad_jax.curvature.layout import Layer as Layer
 from kradagrad_jax.curvature.reducers import Reducer as Reducer
 from kradagrad_jax.curvature.spec import CaptureSpec as CaptureSpec

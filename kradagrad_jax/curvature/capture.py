@@ -43,14 +43,15 @@ def inspect(
       >>> from kradagrad_jax import curvature
       >>> def loss(params, x):
       ...     return jnp.mean((x @ params["w"] + params["b"]) ** 2)
-      >>> spec = curvature.inspect(loss, {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, jnp.ones((5, 3)))
+      >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+      >>> spec = curvature.inspect(loss, params, jnp.ones((5, 3)))
       >>> print(spec)
       parameter  shape   status  kind   matrices  note
       b          (2)     full    bias   1x2       bias of w
       w          (3, 2)  full    dense  3x2       with bias b
       2 of 2 parameters matched, 2 in 1 Kronecker-factored layers
     """
-    return prepare(fn, params, args, batch_argnums, scalar=False).plan.spec
+    return prepare(fn, params, args, batch_argnums).plan.spec
 
 
 def value_grad_and_curvature(
@@ -116,7 +117,8 @@ def value_grad_and_curvature(
         extra: Mapping[str, Any] | None = None,
         loss_scale: Any = None,
     ) -> Any:
-        ready = prepare(loss_fn, params, args, batch_argnums, scalar=True)
+        ready = prepare(loss_fn, params, args, batch_argnums)
+        ready.check_results(has_aux, "loss_fn", scalar=True)
         report(ready, told)
         terms = _terms(loss_terms, ready, params, args)
         scale = terms if reduction == "mean" else jnp.ones_like(terms)
@@ -125,7 +127,7 @@ def value_grad_and_curvature(
 
         def fn(sinks: Sinks, leaves: list[Any]) -> tuple[Any, Any]:
             out = ready.run(how, sinks, run.inputs, leaves)
-            return _split_aux(out, has_aux)
+            return out if has_aux else (out, None)
 
         leaves, tree = jax.tree.flatten(params)
         value, (stats, grads) = jax.value_and_grad(fn, argnums=(0, 1), has_aux=True)(
@@ -155,12 +157,12 @@ class Run:
         self.inputs = Inputs(gate, jnp.asarray(self.scale), by_tap)
         self.sinks = make_sinks(self.ready.plan, self.reducer, by_tap)
 
-    def curvature(self, stats: Sinks, terms: Any, scale: Any = None) -> Curvature:
+    def curvature(self, stats: Sinks, terms: Any) -> Curvature:
         """The statistics by path; zeros if they are switched off."""
         plan = self.ready.plan
         if self.update_stats is False:
             stats = jax.tree.map(jnp.zeros_like, stats)
-        held = assemble(plan, self.reducer, stats, self.scale if scale is None else scale)
+        held = assemble(plan, self.reducer, stats, self.scale)
         spec = plan.spec
         if self.default_terms:
             note = f"loss terms: {self.ready.examples} (the batch; loss_terms= for token losses)"
@@ -168,16 +170,6 @@ class Run:
         fresh = jnp.asarray(self.update_stats, bool)
         name = "custom" if self.reducer.custom else self.reducer.name
         return Curvature(held, jnp.asarray(terms), fresh, spec, name)
-
-
-def _split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
-    if has_aux:
-        if not isinstance(out, tuple) or len(out) != 2:
-            raise ValueError("loss_fn must return (loss, aux) with has_aux=True")
-        return out
-    if not hasattr(out, "shape"):
-        raise ValueError("loss_fn must return a scalar, got a tuple; pass has_aux=True")
-    return out, None
 
 
 def _terms(loss_terms: Any, ready: Prepared, params: Any, args: Sequence[Any]) -> jax.Array:

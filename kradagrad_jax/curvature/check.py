@@ -48,10 +48,12 @@ def check(
       >>> from kradagrad_jax import curvature
       >>> def loss(params, x):
       ...     return jnp.mean((x @ params["w"]) ** 2)
-      >>> curvature.check(loss, {"w": jnp.ones((3, 2))}, jnp.ones((5, 3)), verbose=False)["w"] < 1e-6
+      >>> params = {"w": jnp.ones((3, 2))}
+      >>> curvature.check(loss, params, jnp.ones((5, 3)), verbose=False)["w"] < 1e-6
       True
     """
-    ready = prepare(loss_fn, params, args, batch_argnums, scalar=True)
+    ready = prepare(loss_fn, params, args, batch_argnums)
+    ready.check_results(has_aux, "loss_fn", scalar=True)
     identity = Reducer("identity")
     leaves = jax.tree.leaves(params)
 

@@ -113,7 +113,7 @@ def _apply(context: Context, numbers: Sequence[int], y: Any, read: Callable[[Any
 
     def reduce(x: Any, g: Any, extra: Sinks, scale: Any) -> Any:
         return {
-            k: reduce_use(context.reducer, t, *x[k], g, scale, extra.get(k))
+            k: reduce_use(context.reducer, t, x[k][0], x[k][1], g, scale, extra.get(k))
             for k, t in taps.items()
         }
 
@@ -137,13 +137,16 @@ def _inner(context: Context, node: Node, operands: list[Any]) -> Sequence[Any]:
         return _scan(context, node, operands, sinks, extra)
     if node.name in REMAT:
 
-        def fn(values: Any, *more: Any) -> list[Any]:
-            return _block(context.at(*more, depth), node.blocks[0], values)
+        def fn(values: Any, sinks: Any, gate: Any, scale: Any, extra: Any) -> list[Any]:
+            inner = context.at(sinks, gate, scale, extra, depth)
+            return _block(inner, node.blocks[0], values)
 
         return internals.remat(node, fn)(operands, sinks, gate, scale, extra)
 
     def branch(block: Block) -> Callable[..., list[Any]]:
-        return lambda values, *more: _block(context.at(*more, depth), block, values)
+        return lambda values, sinks, gate, scale, extra: _block(
+            context.at(sinks, gate, scale, extra, depth), block, values
+        )
 
     index, *rest = operands
     branches = [branch(block) for block in node.blocks]
@@ -183,9 +186,9 @@ def make_sinks(plan: Plan, reducer: Reducer, extra: Sinks) -> Sinks:
         y = _aval(graph, shape_of[use.node])
         x = None if use.activation is None else _operand_aval(graph, use.activation)
         m = None if use.view.multiplier is None else _aval(graph, use.view.multiplier)
+        depth = len(use.view.stack)
         inner = jax.tree.map(
-            lambda e, k=len(use.view.stack): jax.ShapeDtypeStruct(e.shape[k:], e.dtype),
-            extra.get(str(number)),
+            lambda e, k=depth: jax.ShapeDtypeStruct(e.shape[k:], e.dtype), extra.get(str(number))
         )
         parts = jax.eval_shape(
             lambda x, m, g, e, tap=tap: reduce_use(reducer, tap, x, m, g, 1.0, e), x, m, y, inner

@@ -175,10 +175,10 @@ class Finder:
 
     def _concatenate(self, node: Node, views: Views, held: list[tuple[int, View | Concat]]) -> None:
         parts = [v for _, v in held if isinstance(v, View)]
-        if len(parts) == len(node.inputs) and len({p.loops for p in parts}) == 1:
-            if all(p.multiplier is None for p in parts):
-                views[node.outputs[0]] = Concat(node.params["dimension"], tuple(parts))
-                return
+        plain = len(parts) == len(node.inputs) and all(p.multiplier is None for p in parts)
+        if plain and len({p.loops for p in parts}) == 1:
+            views[node.outputs[0]] = Concat(node.params["dimension"], tuple(parts))
+            return
         for _, view in held:
             self._other(node, view, "concatenated with something else")
 

@@ -93,11 +93,12 @@ class _Builder:
 
     def block(self, jaxpr: Any) -> Block:
         inner, consts = _open(jaxpr)
-        env = {v: self.new(v.aval) for v in (*inner.invars, *inner.constvars)}
-        out = Block(
-            tuple(env[v] for v in inner.invars),
-            tuple((env[v], c) for v, c in zip(inner.constvars, consts, strict=True)),
+        inputs = tuple(self.new(v.aval) for v in inner.invars)
+        captured = tuple(self.new(v.aval) for v in inner.constvars)
+        env: dict[Any, Operand] = dict(
+            zip((*inner.invars, *inner.constvars), (*inputs, *captured), strict=True)
         )
+        out = Block(inputs, tuple(zip(captured, consts, strict=True)))
         out.outputs = self.fill(out, inner, env)
         return out
 
@@ -112,8 +113,9 @@ class _Builder:
                 inner, consts = _open(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
                 scope = dict(zip(inner.invars, inputs, strict=True))
                 for v, c in zip(inner.constvars, consts, strict=True):
-                    scope[v] = self.new(v.aval)
-                    block.constants += ((scope[v], c),)
+                    number = self.new(v.aval)
+                    scope[v] = number
+                    block.constants += ((number, c),)
                 results = self.fill(block, inner, scope)
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue

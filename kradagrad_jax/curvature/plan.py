@@ -7,8 +7,8 @@ from typing import Any
 
 from kradagrad_jax.curvature.finder import Found
 from kradagrad_jax.curvature.internals import Block, Graph
-from kradagrad_jax.curvature.layout import Layer, MatrixView
-from kradagrad_jax.curvature.spec import CaptureSpec, LeafSpec
+from kradagrad_jax.curvature.layout import Kind, Layer, MatrixView
+from kradagrad_jax.curvature.spec import CaptureSpec, LeafSpec, Status
 from kradagrad_jax.curvature.uses import Use
 from kradagrad_jax.curvature.views import Atom, View, matrix_view
 
@@ -52,7 +52,7 @@ class _Leaf:
     uses: list[int] = dataclasses.field(default_factory=list)
     view: MatrixView | None = None
     offsets: list[int] = dataclasses.field(default_factory=list)
-    status: str = "none"
+    status: Status = "none"
     tied: bool = False
     reasons: list[str] = dataclasses.field(default_factory=list)
     bias: int | None = None
@@ -205,13 +205,15 @@ def _layer(leaf: _Leaf, found: Found, work: list[_Leaf]) -> Layer:
     assert leaf.view is not None
     uses = [found.uses[i] for i in leaf.uses]
     first = next((u for u in uses if u.kind == "embed"), uses[0])
+    kinds: dict[str, Kind] = {"embed": "embed", "conv": "conv"}
+    kind = kinds.get(first.kind, "dense")
     stack, d_in, d_out = leaf.view.target
     bias = None if leaf.bias is None else work[leaf.bias]
     shared = any(u.examples[1] > 1 or "share" in [f for f, _ in u.view.loops] for u in uses)
     shared = shared or len(uses) > len(leaf.offsets)
     return Layer(
         leaf.path, leaf.shape, bias.path if bias else None, bias.shape if bias else None,
-        first.kind, stack, d_in, d_out, first.in_shape if first.kind == "conv" else (d_in,),
+        kind, stack, d_in, d_out, first.in_shape if kind == "conv" else (d_in,),
         shared, leaf.view, bias.view if bias else None, leaf.tied,
     )  # fmt: skip
 

@@ -44,6 +44,27 @@ class Prepared:
         flat = evaluate(context, [*params, *self.values[self.params :]])
         return self.tree.unflatten(flat)
 
+    @property
+    def output(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the first result: the loss, or the outputs of the model."""
+        graph, first = self.plan.graph, self.plan.graph.block.outputs[0]
+        if not isinstance(first, int):
+            return jax.ShapeDtypeStruct((), jnp.result_type(float))
+        return jax.ShapeDtypeStruct(graph.shapes[first], graph.dtypes[first])
+
+    def check_results(self, has_aux: bool, name: str, scalar: bool) -> None:
+        """Raises ValueError unless the function returned what it has to."""
+        out = self.tree.unflatten(range(self.tree.num_leaves))
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], int)):
+            raise ValueError(f"{name} must return an array and aux with has_aux=True")
+        if not has_aux and not isinstance(out, int):
+            raise ValueError(
+                f"{name} must return one array, got {type(out).__name__}; pass has_aux=True if it "
+                "returns (array, aux)"
+            )
+        if scalar and self.output.shape != ():
+            raise ValueError(f"{name} must return a scalar, got shape {self.output.shape}")
+
 
 def _is_array(x: Any) -> bool:
     return hasattr(x, "dtype") and hasattr(x, "shape")
@@ -59,8 +80,6 @@ def prepare(
     params: Any,
     args: Sequence[Any],
     batch_argnums: int | Sequence[int] | None,
-    *,
-    scalar: bool,
 ) -> Prepared:
     """Traces ``fn(params, *args)`` and finds what to tap.
 
@@ -68,8 +87,7 @@ def prepare(
     ``fn(params, *args)``: 1 is the first argument after the parameters.
 
     Raises:
-      ValueError: the result is not a scalar (if it has to be), no parameter was matched, or there
-        is no batch.
+      ValueError: no parameter was matched, or there is no batch.
     """
     leaves, tree = _flat(params, args)
     count = len(jax.tree.leaves(params))
@@ -88,8 +106,6 @@ def prepare(
 
     values = [leaves[i] for i in dynamic]
     graph = internals.trace(flat_fn, values)
-    if scalar:
-        _check_scalar(graph, structure[0])
     batch, examples = _batch_leaves(params, args, batch_argnums, dynamic)
     axes = batch_axes(graph, flat_fn, values, batch, examples)
     plan = _plan(graph, params, leaves[:count], axes)
@@ -113,14 +129,6 @@ def _check_params(params: Any, leaves: Sequence[Any]) -> None:
                 f"parameter '{path}' is {kind}, not a floating-point array: pass what is "
                 "differentiated as the first argument, everything else after it"
             )
-
-
-def _check_scalar(graph: internals.Graph, structure: Any) -> None:
-    first = graph.block.outputs[0]
-    shape = graph.shapes[first] if isinstance(first, int) else ()
-    if shape != ():
-        raise ValueError(f"loss_fn must return a scalar, got shape {shape}")
-    del structure
 
 
 def _batch_leaves(

@@ -7,6 +7,7 @@ Every use is described by how its activation becomes ``a: (S, N, R, d_in)`` and 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from kradagrad_jax.curvature.conv import Patches
 from kradagrad_jax.curvature.internals import Constant, Graph, Node, Operand
 from kradagrad_jax.curvature.views import Atom, Concat, View, merge
 
+UseKind = Literal["dense", "conv", "embed", "scale", "bias"]
 BatchDims = Callable[[int], tuple[int, ...]]
 
 
@@ -59,7 +61,7 @@ class Use:
       out_dims: dimensions of the output that are groups, then outputs.
     """
 
-    kind: str
+    kind: UseKind
     node: int
     activation: Operand | None
     inputs: Arrange | Patches | RowIds | None
@@ -311,7 +313,8 @@ def elementwise(
     example = _batch_axis(batch(y), positions, "the other operand")
     outputs = arrange(shape, [], example, positions, features, n)
     columns = merge([a for i in features for a in dims[i]])
-    kind, inputs = "bias", None
+    kind: UseKind = "bias"
+    inputs = None
     if node.name == "mul":
         if graph.shapes[other] != shape:
             raise Rejected("elementwise operation of unequal shapes")
