@@ -9,6 +9,14 @@ import optax
 from kradagrad_jax.engine.layers import LayerTransformation
 from kradagrad_jax.transforms.kfac import scale_by_kfac
 from kradagrad_jax.transforms.kradagrad import scale_by_kradagrad, scale_by_kradagrad_star
+from kradagrad_jax.transforms.lowrank import (
+    scale_by_b_kfac,
+    scale_by_bc_kfac,
+    scale_by_br_kfac,
+    scale_by_brc_kfac,
+    scale_by_rs_kfac,
+    scale_by_sre_kfac,
+)
 from kradagrad_jax.transforms.shampoo import scale_by_shampoo
 
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -161,4 +169,34 @@ kfac = _alias(
     "K-FAC (arXiv 1503.05671): natural gradient with one Kronecker product per layer.",
     _LAYERS,
     momentum=0.9,
+)
+rs_kfac = _alias(
+    scale_by_rs_kfac,
+    "RS-KFAC (arXiv 2206.15397): K-FAC with the strongest eigenpairs, by randomised SVD.",
+    _LAYERS,
+)
+sre_kfac = _alias(
+    scale_by_sre_kfac,
+    "SRE-KFAC (arXiv 2206.15397): RS-KFAC with a cheaper symmetric sketch.",
+    _LAYERS,
+)
+b_kfac = _alias(
+    scale_by_b_kfac,
+    "B-KFAC (arXiv 2210.08494): eigenpairs of wide dense layers that follow the factors online.",
+    _LAYERS,
+)
+br_kfac = _alias(
+    scale_by_br_kfac,
+    "B-R-KFAC (arXiv 2210.08494): B-KFAC with a randomised SVD now and then.",
+    _LAYERS,
+)
+bc_kfac = _alias(
+    scale_by_bc_kfac,
+    "B-KFAC-C (arXiv 2210.08494): B-KFAC with light corrections.",
+    _LAYERS,
+)
+brc_kfac = _alias(
+    scale_by_brc_kfac,
+    "B-R-KFAC-C: B-KFAC with randomised SVDs and light corrections.",
+    _LAYERS,
 )

@@ -9,9 +9,16 @@ from kradagrad_jax.linalg.arrays import sr_init as sr_init
 from kradagrad_jax.linalg.arrays import sr_update as sr_update
 from kradagrad_jax.linalg.lapack import cholesky as cholesky
 from kradagrad_jax.linalg.lapack import eigh as eigh
+from kradagrad_jax.linalg.lapack import qr as qr
 from kradagrad_jax.linalg.lapack import qr_r as qr_r
 from kradagrad_jax.linalg.lapack import svd as svd
 from kradagrad_jax.linalg.lapack import triangular_inverse as triangular_inverse
+from kradagrad_jax.linalg.lowrank import LowRank as LowRank
+from kradagrad_jax.linalg.lowrank import brand_update as brand_update
+from kradagrad_jax.linalg.lowrank import correct as correct
+from kradagrad_jax.linalg.lowrank import low_rank_solve as low_rank_solve
+from kradagrad_jax.linalg.lowrank import randomized_svd as randomized_svd
+from kradagrad_jax.linalg.lowrank import symmetric_sketch as symmetric_sketch
 from kradagrad_jax.linalg.newton import inverse_root as inverse_root
 from kradagrad_jax.linalg.newton import newton_schulz_sqrt as newton_schulz_sqrt
 from kradagrad_jax.linalg.newton import positive_root as positive_root

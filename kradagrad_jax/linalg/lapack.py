@@ -79,6 +79,23 @@ def qr_r(a: jax.Array) -> jax.Array:
     return _qr_r(_one_matrix(a, "qr_r", square=False))
 
 
+def qr(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Thin QR decomposition `a = q @ r` of a tall matrix.
+
+    Args:
+      a: (p, n) with p >= n, float32 or float64.
+
+    Returns:
+      `q`: (p, n) with orthonormal columns, also where `a` has not full rank; `r`: (n, n), upper
+      triangular. The first k columns of `q` depend on the first k columns of `a` alone.
+
+    Raises:
+      TypeError: `a` is not float32 or float64.
+      ValueError: `a` is not one matrix with at least as many rows as columns.
+    """
+    return _qr(_one_matrix(a, "qr", square=False))
+
+
 def cholesky(a: jax.Array) -> jax.Array:
     """Lower Cholesky factor of the symmetric part of `a`: (n, n); NaN if it is not definite.
 
@@ -159,6 +176,7 @@ def _stackable(factorise: Callable[[jax.Array], Any]) -> Callable[[jax.Array], A
 _raw_eigh = _stackable(lambda a: tuple(jnp.linalg.eigh(a)))
 _raw_svd = _stackable(lambda a: tuple(jnp.linalg.svd(a)))
 _raw_qr_r = _stackable(lambda a: jnp.linalg.qr(a, mode="r"))
+_raw_qr = _stackable(lambda a: tuple(jnp.linalg.qr(a)))
 _raw_cholesky = _stackable(jnp.linalg.cholesky)
 
 
@@ -218,6 +236,20 @@ def _qr_r_jvp(primals, tangents):
     inner = matmul(q.T, matmul(tangents[0], inverse))
     # dr r^-1 is the upper triangle whose symmetric part equals that of q^T da r^-1.
     return r, matmul(jnp.triu(inner + inner.T, 1) + jnp.diag(jnp.diagonal(inner)), r)
+
+
+@jax.custom_jvp
+def _qr(a):
+    return _raw_qr(a)
+
+
+@_qr.defjvp
+def _qr_jvp(primals, tangents):
+    q, r = _qr(*primals)
+    moved = matmul(tangents[0], _upper_inverse(_regular(r)))
+    inner = matmul(q.T, moved)
+    upper = jnp.triu(inner + inner.T, 1) + jnp.diag(jnp.diagonal(inner))
+    return (q, r), (moved - matmul(q, upper), matmul(upper, r))
 
 
 @jax.custom_jvp

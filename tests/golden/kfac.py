@@ -19,7 +19,10 @@ from tests.golden.recorded import UnknownFile
 from tests.x64 import x64
 
 METHODS = ("kfac", "kfac_factors", "K-FAC with max-eigenvalue damping")
-TOLERANCE = 1e-9
+
+
+def tolerance_of(raw: dict[str, Any]) -> float:
+    return raw.get("tolerance", 1e-9)
 
 
 def errors_of(raw: dict[str, Any]) -> dict[str, float]:
@@ -135,6 +138,11 @@ def _official(raw: dict[str, Any]) -> dict[str, float]:
 
 def layer_factors(state: Any, params: Any, spec: CaptureSpec) -> dict[str, Any]:
     """Factor of every layer that is no stack, by the path of its weight."""
+    return layer_blocks(state, params, spec, lambda path, shape: "dense")
+
+
+def layer_blocks(state: Any, params: Any, spec: CaptureSpec, group: Any) -> dict[str, Any]:
+    """The same, for methods that are grouped in another way."""
     packing = layers.packing_of(spec, params, True, lambda layer: True, False)
     layout = kj.Layout(
         block_size=None,
@@ -142,7 +150,7 @@ def layer_factors(state: Any, params: Any, spec: CaptureSpec) -> dict[str, Any]:
         vectors="block",
         include="^layers/",
         stacked="^layers/",
-        group=lambda path, shape: "dense",
+        group=group,
     )
     blocks = block_factors(state, packing.split(params), layout)
     return {path.removeprefix("layers/"): found[0] for path, found in blocks.items()}

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.golden import clean, facebook, kfac, official, precondition
+from tests.golden import brand, clean, facebook, kfac, official, precondition, tnt
 from tests.golden.case import Case
 from tests.golden.recorded import Recorded, UnknownFile, load
 from tests.x64 import x64
@@ -46,8 +46,8 @@ def build(file: Recorded, params: dict[str, jax.Array]) -> Case:
     raise UnknownFile(f"{file.name}: unknown source {file.source!r}")
 
 
-# Families whose statistics are not gradients: `errors_of(raw) -> {quantity: error}`, TOLERANCE.
-FAMILIES = {name: module for module in (kfac,) for name in module.METHODS}
+# Families whose statistics are not gradients: `errors_of(raw)`, `tolerance_of(raw)`.
+FAMILIES = {name: module for module in (kfac, brand, tnt) for name in module.METHODS}
 
 
 def errors_of(file: Recorded) -> dict[str, float]:
@@ -88,7 +88,7 @@ def test_golden(path, request):
     family = FAMILIES.get(raw.get("method"))
     try:
         if family is not None:
-            errors, tolerance = family.errors_of(raw), raw.get("tolerance", family.TOLERANCE)
+            errors, tolerance = family.errors_of(raw), family.tolerance_of(raw)
         else:
             file = load(path)
             errors, tolerance = errors_of(file), file.tolerance
