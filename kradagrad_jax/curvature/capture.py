@@ -29,8 +29,9 @@ def inspect(
       fn: ``fn(params, *args)``, a loss (``has_aux`` or not) or a model.
       params: pytree of floating-point arrays, or their ``jax.ShapeDtypeStruct``.
       *args: further arguments, arrays or ``jax.ShapeDtypeStruct``; the batch is axis 0.
-      batch_argnums: which arguments carry the batch, counted as in ``fn(params, *args)``.
-        Default: every array whose axis 0 is as long as that of the first leaf of argument 1.
+      batch_argnums: which arguments carry the batch, counted as in ``fn(params, *args)``; all by
+        default. The first array of the first one gives the number of examples, and every array
+        of these arguments whose axis 0 is as long carries the batch. Leave out state and keys.
 
     Returns:
       A static, hashable :class:`CaptureSpec`; ``print`` it for a table.

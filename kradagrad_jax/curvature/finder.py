@@ -119,6 +119,8 @@ class Finder:
         other = node.inputs[1 - at] if len(node.inputs) == 2 else None
         if not isinstance(other, int) or self.readers[other] != 1:
             return None
+        if self.graph.shapes[other] != self.graph.shapes[node.outputs[0]]:
+            return None  # the output is broadcast along some axis
         return self.images.get(other)
 
     def _pair(self, number: int, node: Node, at: int, view: View | Concat) -> None:
@@ -166,7 +168,7 @@ class Finder:
         atoms = view_rules.merge([a for d in view.dims for a in d])
         size = int(np.prod(self.graph.shapes[out]))
         whole = atoms == view_rules.merge([(size, 1)])
-        if not whole or self.graph.shapes[other] != self.graph.shapes[out] or len(atoms) > 1:
+        if not whole or int(np.prod(self.graph.shapes[other])) not in (1, size):
             return False
         if sum(n != 1 for n in self.graph.shapes[out]) > 1:
             return False  # a matrix times a batch-free value is a masked or normalised weight

@@ -140,21 +140,18 @@ def _batch_leaves(
         owner += [k] * len(jax.tree.leaves(arg))
     flat = _flat(params, args)[0]
     arrays = [(place, owner[i], flat[i]) for place, i in enumerate(dynamic) if owner[i]]
-    if argnums is not None:
-        wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-        chosen = [(p, x) for p, k, x in arrays if k in wanted and x.ndim]
-    else:
-        first = next((x for _, k, x in arrays if k == 1 and x.ndim), None)
-        n = None if first is None else first.shape[0]
-        chosen = [(p, x) for p, _, x in arrays if x.ndim and x.shape[0] == n]
-    sizes = sorted({x.shape[0] for _, x in chosen})
-    if len(sizes) != 1 or sizes[0] == 0:
+    wanted = range(1, len(args) + 1) if argnums is None else argnums
+    wanted = (wanted,) if isinstance(wanted, int) else tuple(wanted)
+    first = next((x for k in wanted[:1] for _, o, x in arrays if o == k and x.ndim), None)
+    n = 0 if first is None else first.shape[0]
+    chosen = [p for p, k, x in arrays if k in wanted and x.ndim and x.shape[0] == n]
+    if not n:
         raise ValueError(
-            f"curvature capture: found no common batch axis (axis 0 of {len(chosen)} arguments, "
-            f"lengths {sizes}); pass the batch as an argument after the parameters, and "
-            "batch_argnums= if it is not the first"
+            "curvature capture: found no batch axis (axis 0 of the first array of argument "
+            f"{wanted[0] if wanted else 1}); pass the batch as an argument after the parameters, "
+            "and batch_argnums= if it is not the first"
         )
-    return [p for p, _ in chosen], sizes[0]
+    return chosen, n
 
 
 def report(prepared: Prepared, told: set[Any]) -> None:

@@ -316,8 +316,6 @@ def elementwise(
     kind: UseKind = "bias"
     inputs = None
     if node.name == "mul":
-        if graph.shapes[other] != shape:
-            raise Rejected("elementwise operation of unequal shapes")
         kind, inputs = "scale", outputs
     if node.name == "sub" and at == 1:
         view = dataclasses.replace(view, factor=-view.factor)
@@ -349,5 +347,5 @@ def canonical_scale(use: Use, x: jax.Array, g: jax.Array) -> jax.Array:
     """Per-position gradient ``(1, N, R, d)`` of an elementwise use."""
     v = use.outputs(g)
     if use.kind == "scale":
-        v = v * use.outputs(jnp.asarray(x)).astype(v.dtype)
+        v = v * use.outputs(jnp.broadcast_to(x, g.shape)).astype(v.dtype)
     return v
