@@ -144,7 +144,7 @@ _LAYERS = """      >>> import jax, jax.numpy as jnp, optax
       >>> tx = kj.{name}(1e-2, curvature.inspect(loss, params, x))
       >>> state = tx.init(params)
       >>> step = curvature.value_grad_and_curvature(loss, reducer="raw")
-      >>> (value, aux), grads, curv = step(params, x)
+      >>> value, grads, curv = step(params, x)
       >>> updates, state = tx.update(grads, state, params, curvature=curv)
       >>> params = optax.apply_updates(params, updates)
 """
@@ -168,7 +168,6 @@ kfac = _alias(
     scale_by_kfac,
     "K-FAC (arXiv 1503.05671): natural gradient with one Kronecker product per layer.",
     _LAYERS,
-    momentum=0.9,
 )
 rs_kfac = _alias(
     scale_by_rs_kfac,

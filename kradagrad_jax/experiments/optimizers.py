@@ -1,5 +1,6 @@
 """The registry of optimizers. A new one is one more :func:`register` line at the end."""
 
+import dataclasses
 import importlib
 import inspect
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import optax
 
 from kradagrad_jax.experiments.names import UsageError, check_keys, lookup
+from kradagrad_jax.experiments.statistics import Capture
 
 # Options that are config objects of the package: a table in a TOML file becomes one of these.
 _CONFIG_OBJECTS = {
@@ -15,6 +17,8 @@ _CONFIG_OBJECTS = {
     "timing": "Timing",
     "graft": "Graft",
     "statistics": "SquareRoot",
+    "sketch": "Sketch",
+    "online": "Online",
 }
 
 
@@ -26,11 +30,38 @@ class Optimizer(NamedTuple):
         ``function(learning_rate, **options)``.
       summary: one line for ``kradagrad-jax list``.
       defaults: options that make the entry what its name says; configs may override them.
+      capture: statistics beside the gradient; None: it needs none.
     """
 
     target: str | Callable[..., optax.GradientTransformation]
     summary: str
     defaults: dict[str, Any]
+    capture: Capture | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """An optimizer but for its learning rate.
+
+    Attributes:
+      function: called as ``function(learning_rate, **options)``.
+      options: its other arguments.
+      capture: statistics beside the gradient, or None.
+    """
+
+    function: Callable[..., optax.GradientTransformation]
+    options: dict[str, Any]
+    capture: Capture | None = None
+
+    @property
+    def wants_spec(self) -> bool:
+        """Whether it has to know the layers of the model."""
+        return self.capture is not None and self.capture.kind == "layers"
+
+    def __call__(self, learning_rate: Any, spec: Any = None) -> optax.GradientTransformation:
+        """The optimizer for a learning rate (a float, a tracer or a schedule)."""
+        layers = {"spec": spec} if self.wants_spec else {}
+        return self.function(learning_rate, **layers, **self.options)
 
 
 OPTIMIZERS: dict[str, Optimizer] = {}
@@ -40,10 +71,11 @@ def register(
     name: str,
     target: str | Callable[..., optax.GradientTransformation],
     summary: str,
+    capture: Capture | None = None,
     **defaults: Any,
 ) -> None:
     """Adds an optimizer to the registry under ``name``."""
-    OPTIMIZERS[name] = Optimizer(target, summary, defaults)
+    OPTIMIZERS[name] = Optimizer(target, summary, defaults, capture)
 
 
 def _function(name: str) -> Callable[..., optax.GradientTransformation]:
@@ -65,24 +97,37 @@ def _config_object(option: str, value: Any) -> Any:
     return kind(**value)
 
 
-def resolve(name: str, options: dict[str, Any]) -> Callable[[Any], optax.GradientTransformation]:
-    """The optimizer as a function of its learning rate (a float, a tracer or a schedule).
+def resolve(name: str, options: dict[str, Any]) -> Recipe:
+    """The optimizer as a function of its learning rate.
 
     Args:
       name: key of the registry.
-      options: override the entry's defaults; dicts become ``Layout``, ``Timing``, ``Graft`` or
-        ``SquareRoot`` where the option is one.
+      options: override the entry's defaults; dicts become ``Layout``, ``Timing``, ``Graft``,
+        ``SquareRoot``, ``Sketch`` or ``Online`` where the option is one. ``capture`` is a table of
+        changes to the statistics that the entry takes (:class:`Capture`).
 
     Raises:
       UsageError: unknown name or option, naming the closest known one.
     """
-    function = _function(name)
+    function, entry = _function(name), lookup(OPTIMIZERS, name, "optimizer")
     parameters = inspect.signature(function).parameters
-    merged = lookup(OPTIMIZERS, name, "optimizer").defaults | options
+    merged = entry.defaults | options
+    capture = _capture(name, entry, merged.pop("capture", {}), merged.get("statistics_every"))
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        check_keys(merged, list(parameters)[1:], f"optimizer '{name}'")
+        known = [p for p in list(parameters)[1:] if p != "spec"]
+        check_keys(merged, known, f"optimizer '{name}'")
     arguments = {option: _config_object(option, value) for option, value in merged.items()}
-    return lambda learning_rate: function(learning_rate, **arguments)
+    return Recipe(function, arguments, capture)
+
+
+def _capture(name: str, entry: Optimizer, changes: dict[str, Any], every: Any) -> Capture | None:
+    if entry.capture is None:
+        if changes:
+            raise UsageError(f"optimizer '{name}' takes no statistics beside the gradient")
+        return None
+    check_keys(changes, [f.name for f in dataclasses.fields(Capture)], f"capture of '{name}'")
+    taken = dataclasses.replace(entry.capture, **changes)
+    return dataclasses.replace(taken, every=every) if isinstance(every, int) else taken
 
 
 register("sgd", "optax:sgd", "SGD with heavy-ball momentum 0.9", momentum=0.9)
@@ -100,3 +145,15 @@ register(
 )
 register("kradagrad_star", "kradagrad_jax:kradagrad_star", "KrADagrad*: positive roots only")
 register("kradagrad", "kradagrad_jax:kradagrad", "KrADagrad: one factor updated per step")
+_FISHER, _ROWS = Capture("layers"), Capture("layers", reducer="raw")
+register("kfac", "kradagrad_jax:kfac", "K-FAC, Fisher sampled from the model", _FISHER)
+register(
+    "kfac_sqrt", "kradagrad_jax:kfac", "K-FAC, square-root statistics", _ROWS,
+    statistics="square_root",
+)  # fmt: skip
+register("rs_kfac", "kradagrad_jax:rs_kfac", "RS-KFAC: randomised low-rank factors", _FISHER)
+register("sre_kfac", "kradagrad_jax:sre_kfac", "SRE-KFAC: with a symmetric sketch", _FISHER)
+register("b_kfac", "kradagrad_jax:b_kfac", "B-KFAC: low-rank factors updated online", _ROWS)
+register("br_kfac", "kradagrad_jax:br_kfac", "B-R-KFAC: with randomised SVDs", _ROWS)
+register("bc_kfac", "kradagrad_jax:bc_kfac", "B-KFAC-C: with light corrections", _ROWS)
+register("brc_kfac", "kradagrad_jax:brc_kfac", "B-R-KFAC-C: with both", _ROWS)

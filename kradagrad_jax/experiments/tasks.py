@@ -46,6 +46,8 @@ class Task(NamedTuple):
       wrap: goes around every optimizer of the task.
       x64: needs jax's 64-bit mode.
       parts: the loss taken apart; None where it is no likelihood.
+      scan: run steps in a compiled loop. Not for convolutions: on CPU, XLA runs them in loops many
+        times slower.
     """
 
     setup: Callable[[int], tuple[Any, Any]]
@@ -55,6 +57,7 @@ class Task(NamedTuple):
     wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = _unwrapped
     x64: bool = False
     parts: Parts | None = None
+    scan: bool = True
 
 
 class Entry(NamedTuple):
@@ -136,11 +139,11 @@ def _load(source: str) -> data.Split:
     return {"digits": data.digits, "fashion": data.fashion_mnist}[source]()
 
 
-def _labelled(images: data.Images, rows: Any) -> tuple[jax.Array, jax.Array]:
+def _labelled(images: data.Images, rows: Any) -> tuple[Any, Any]:
     return images.x[rows], images.y[rows]
 
 
-def _itself(images: data.Images, rows: Any) -> tuple[jax.Array, jax.Array]:
+def _itself(images: data.Images, rows: Any) -> tuple[Any, Any]:
     return images.x[rows], images.x[rows]
 
 
@@ -159,7 +162,8 @@ def convnet(
     """A small convolutional net on ten classes, cross entropy."""
     split, likelihood = _load(source), losses.softmax_cross_entropy()
     size, model = len(split.train.x), models.ConvNet(tuple(channels))
-    return _supervised(model, _labelled, likelihood, size, batch_size, **split._asdict())
+    task = _supervised(model, _labelled, likelihood, size, batch_size, **split._asdict())
+    return task._replace(scan=False)
 
 
 def autoencoder(

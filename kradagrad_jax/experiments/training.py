@@ -3,16 +3,16 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from kradagrad_jax.experiments.optimizers import Recipe
+from kradagrad_jax.experiments.statistics import measure, spec_of
 from kradagrad_jax.experiments.tasks import Task
-
-MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 
 
 @contextlib.contextmanager
@@ -64,13 +64,15 @@ class Program:
     def __init__(
         self,
         task: Task,
-        optimizer: MakeOptimizer,
+        optimizer: Recipe,
         steps: int,
         eval_every: int,
         schedule: str = "constant",
     ):
         self.task, self.optimizer, self.schedule = task, optimizer, schedule
         self.steps, self.eval_every = steps, eval_every
+        self._spec: Any = None
+        self._measure = measure(task, optimizer.capture)
         self._init = jax.jit(lambda params, rate: self.tx(rate).init(params))
         self._chunk = jax.jit(self._run_chunk, donate_argnums=0)
         self._evaluate = jax.jit(task.evaluate)
@@ -79,25 +81,49 @@ class Program:
     def tx(self, learning_rate: Any) -> optax.GradientTransformation:
         """The optimizer as the task runs it."""
         rate = learning_rate_schedule(self.schedule, learning_rate, self.steps)
-        return self.task.wrap(self.optimizer(rate))
+        if self.optimizer.wants_spec and self._spec is None:
+            with jax.ensure_compile_time_eval():
+                self._spec = spec_of(self.task)
+        tx = self.task.wrap(self.optimizer(rate, self._spec))
+        return optax.with_extra_args_support(tx)
 
-    def _run_chunk(self, carry: Any, data: Any, batches: jax.Array, learning_rate: Any) -> Any:
+    def _run_chunk(
+        self, carry: Any, data: Any, batches: jax.Array, learning_rate: Any, key: jax.Array
+    ) -> Any:
+        """Steps of a compiled loop, or, for one batch, a single step."""
         tx = self.tx(learning_rate)
 
         def step(carry: Any, batch: jax.Array) -> tuple[Any, jax.Array]:
-            params, state = carry
-            loss, grads = jax.value_and_grad(self.task.loss)(params, data, batch)
-            updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), loss
+            params, state, count = carry
+            loss, grads, extra = self._measure(params, data, batch, key, count)
+            updates, state = tx.update(grads, state, params, **extra)
+            return (optax.apply_updates(params, updates), state, count + 1), loss
 
+        if not self.task.scan:
+            return step(carry, batches)
         carry, losses = jax.lax.scan(step, carry, batches)
         return carry, jnp.mean(losses)
 
-    def _steps_of(self, length: int, *arguments: Any) -> Any:
-        """The compiled chunk of ``length`` steps; compilation stays out of all timings."""
+    def _compile(self, part: jax.Array, *others: Any) -> Any:
+        """Chunk of steps as one call; compilation stays out of all timings."""
+        carry, data, rate, key = others
+        length = len(part) if self.task.scan else 0
+        first = part if self.task.scan else part[0]
         if length not in self._compiled:
-            self._compiled[length] = self._chunk.lower(*arguments).compile()
-        return self._compiled[length]
+            lowered = self._chunk.lower(carry, data, first, rate, key)
+            self._compiled[length] = lowered.compile()
+        run = self._compiled[length]
+        if self.task.scan:
+            return run
+
+        def one_by_one(carry: Any, data: Any, part: jax.Array, *rest: Any) -> Any:
+            losses = []
+            for batch in part:
+                carry, loss = run(carry, data, batch, *rest)
+                losses.append(loss)
+            return carry, jnp.mean(jnp.stack(losses))
+
+        return one_by_one
 
     def train(self, seed: int, learning_rate: float) -> Iterator[Evaluation]:
         """Trains and yields an evaluation at step 0 and after every chunk.
@@ -107,14 +133,16 @@ class Program:
         params, data = self.task.setup(seed)
         batches = jnp.asarray(self.task.order(seed, self.steps))
         rate = jnp.asarray(learning_rate, jnp.float32)
-        carry = (jax.tree.map(jnp.copy, params), self._init(params, rate))
+        key = jax.random.key(seed)
+        count = jnp.zeros((), jnp.int32)
+        carry = (jax.tree.map(jnp.copy, params), self._init(params, rate), count)
         yield self._evaluation(carry, data, 0, 0.0, None)
         seconds = 0.0
         for start in range(0, self.steps, self.eval_every):
             part = batches[start : start + self.eval_every]
-            run = self._steps_of(len(part), carry, data, part, rate)
+            run = self._compile(part, carry, data, rate, key)
             began = time.perf_counter()
-            carry, loss = jax.block_until_ready(run(carry, data, part, rate))
+            carry, loss = jax.block_until_ready(run(carry, data, part, rate, key))
             seconds += time.perf_counter() - began
             point = self._evaluation(carry, data, start + len(part), seconds, float(loss))
             yield point
@@ -151,18 +179,21 @@ def measure_cost(program: Program, *, steps: int = 40, repeats: int = 3) -> Cost
     task = program.task
     params, data = task.setup(0)
     batch = jnp.asarray(task.order(0, 1))[0]
-    grads = jax.jit(jax.grad(task.loss))(params, data, batch)
+    step = jnp.zeros((), jnp.int32)
+    _, grads, extra = jax.jit(measure(task, program.optimizer.capture))(
+        params, data, batch, jax.random.key(0), step
+    )
     tx = program.tx(jnp.float32(1e-3))
     update = jax.jit(tx.update, donate_argnums=1)
     state = jax.jit(tx.init)(params)
     size = _bytes(state)
     for _ in range(3):  # compile, and pass the first steps of the optimizer's own schedule
-        state = jax.block_until_ready(update(grads, state, params))[1]
+        state = jax.block_until_ready(update(grads, state, params, **extra))[1]
     means = []
     for _ in range(repeats):
         began = time.perf_counter()
         for _ in range(steps):
-            state = update(grads, state, params)[1]
+            state = update(grads, state, params, **extra)[1]
         jax.block_until_ready(state)
         means.append((time.perf_counter() - began) / steps)
     return Cost(1e3 * min(means), size, _bytes(params))

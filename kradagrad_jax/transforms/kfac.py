@@ -23,15 +23,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "approx": "expand",
         "joint_bias": True,
         "max_dim": 8192,
-        "graft": "none",
+        "beta1": "none",
+        "graft": "adam",
         "refresh_every": 10,
         "statistics_every": 1,
         "timing": Timing(),
         "fallback": "adam",
     }
 }
-PRESETS["paper"] = PRESETS["recommended"] | {"averaging": "capped", "refresh_every": 20}
-PRESETS["official"] = PRESETS["recommended"] | {"refresh_every": 5, "fallback": "identity"}
+PRESETS["official"] = PRESETS["recommended"] | {
+    "graft": "none",
+    "refresh_every": 5,
+    "fallback": "identity",
+}
+PRESETS["paper"] = PRESETS["official"] | {"averaging": "capped", "refresh_every": 20}
 
 
 def scale_by_kfac(
@@ -50,6 +55,7 @@ def scale_by_kfac(
     norm_constraint: Any = None,
     rms_clip: Any = None,
     learning_rate: Any = None,
+    beta1: Any = None,
     graft: Graft | str | None = None,
     refresh_every: Interval | None = None,
     statistics_every: Interval | None = None,
@@ -70,9 +76,11 @@ def scale_by_kfac(
 
     Args:
       spec: what :func:`kradagrad_jax.curvature.inspect` says of the model.
-      preset: ``"recommended"``; ``"paper"`` (arXiv 1503.05671: plain mean of the first twenty
-        statistics, then ``ema``; inverses every 20 steps); ``"official"`` (kfac-jax: inverses every
-        5 steps, plain gradient for leaves that are no layer). Given arguments override the preset.
+      preset: ``"recommended"``: the direction of K-FAC with the step length of Adam, so that an
+        AdamW learning rate carries over; ``"official"`` (kfac-jax): K-FAC's own step length,
+        inverses every 5 steps, plain gradient for leaves that are no layer; bound it by
+        ``norm_constraint``; ``"paper"`` (arXiv 1503.05671): also a plain mean of the first twenty
+        statistics, then ``ema``, inverses every 20 steps. Given arguments override the preset.
       damping: lambda, in units of the curvature: a number or a schedule. Default 1e-3.
       damping_rule: ``"factored"``: as above; ``"exact"``: ``(A x G + lambda I)^-1``;
         ``"relative"``: exact, with lambda times the largest eigenvalues of A and G, so that the
@@ -96,7 +104,9 @@ def scale_by_kfac(
       rms_clip: largest root mean square of a layer's update (arXiv 2206.15397: 0.07). None: none.
       learning_rate: what updates will be multiplied by, for ``norm_constraint``; the alias
         :func:`kfac` fills it in.
-      graft: step length per layer from another method, see :class:`Graft`. Default: its own.
+      beta1: decay of a bias-corrected average of gradients that is preconditioned in place of the
+        gradient; ``"none"`` (default): no average, no memory for it.
+      graft: step length per layer from another method, see :class:`Graft`; ``"none"``: its own.
       refresh_every: steps between inverses. Default 10. A multiple of ``statistics_every``.
       statistics_every: steps between statistics; others are ignored where they are given.
       timing: start, ramp, phases, staggering, see :class:`Timing`.
@@ -140,6 +150,7 @@ def scale_by_kfac(
         joint_bias=c["joint_bias"],
         clip=clipping.both(length, bound),
         fallback=c["fallback"],
+        beta1=None if isinstance(c["beta1"], str) else c["beta1"],
         graft=c["graft"],
         refresh_every=c["refresh_every"],
         statistics_every=c["statistics_every"],
