@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from kradagrad_jax.factors.method import BlockMethod, Rows, Step
 from kradagrad_jax.factors.modes import Groups, Merge, axis_groups
+from kradagrad_jax.factors.numbers import at_step
 from kradagrad_jax.linalg import (
     cholesky,
     eigh,
@@ -101,7 +102,7 @@ def tnt_method(o: TntOptions) -> BlockMethod:
         return factor._replace(statistics=updated, weight=jnp.where(warm, factor.weight, weight))
 
     def refresh(factor: TntFactor, step: Step) -> TntFactor:
-        new = _refreshed(o, factor, _at(o.damping, step, factor.weight.dtype))
+        new = _refreshed(o, factor, at_step(o.damping, step, factor.weight.dtype))
         # a block that has seen nothing but zeros has no curvature to invert: P = I/eps would blow
         # its first gradient up by eps^-k
         seen = _trace(factor, o.statistics) > 0
@@ -112,14 +113,9 @@ def tnt_method(o: TntOptions) -> BlockMethod:
         direction = view.unmerge(_applied(o, factor, view.merge(g), step))
         if o.max_gain is None:
             return direction
-        return _bounded(direction, g, _at(o.max_gain, step, g.dtype))
+        return _bounded(direction, g, at_step(o.max_gain, step, g.dtype))
 
     return BlockMethod(init, accumulate, refresh, precondition)
-
-
-def _at(value: Any, step: Step, dtype: Any) -> jax.Array:
-    """A number or an optax schedule (which counts from 0) at this step."""
-    return jnp.asarray(value(step.count - 1) if callable(value) else value).astype(dtype)
 
 
 def _weights(
@@ -234,7 +230,7 @@ def _applied(o: TntOptions, factor: TntFactor, g: jax.Array, step: Step) -> jax.
     if o.damping_rule == "joint":
         assert factor.spectra is not None
         x = _multiply(g, [m.T if m.ndim == 2 else m for m in p])
-        x = _multiply(x / (_outer(factor.spectra) + _at(o.damping, step, g.dtype)), p)
+        x = _multiply(x / (_outer(factor.spectra) + at_step(o.damping, step, g.dtype)), p)
         return jnp.where(factor.weight > 0, x, g)
     if o.statistics == "square_root":
         g = _multiply(g, [m.T if m.ndim == 2 else m for m in p])

@@ -12,6 +12,8 @@ from kradagrad_jax.engine import BlockState, Layout, buckets, trees
 from kradagrad_jax.engine.layout import Plan, factor_dtype_of
 from kradagrad_jax.engine.options import Source, plan_of
 
+WHOLE = Layout(block_size=None, merge="none", vectors="block")
+
 
 def unmerged(layout: Layout) -> Layout:
     """The layout with the shapes of the parameters left as they are."""
@@ -40,8 +42,14 @@ def curvature_of(extra: dict[str, Any], name: str) -> Any:
     return samples
 
 
-def source(name: str, fisher: str) -> Source:
-    """The engine's source of statistics ``(n, *block shape)``: samples, or the gradient itself."""
+def source(name: str, fisher: str, vectors: bool = False) -> Source:
+    """The engine's source of statistics ``(n, *block shape)``: samples, or the gradient itself.
+
+    Args:
+      name: of the method, for messages.
+      fisher: ``"model"`` or ``"empirical"``.
+      vectors: curvature vectors in place of sampled gradients.
+    """
 
     def empirical(plan: Plan, blocks: dict[str, jax.Array], extra: dict[str, Any]) -> Any:
         del plan, extra
@@ -50,24 +58,35 @@ def source(name: str, fisher: str) -> Source:
     def model(plan: Plan, blocks: dict[str, jax.Array], extra: dict[str, Any]) -> Any:
         del blocks
         samples = curvature_of(extra, name)
-        return (None, False) if samples is None else (stacked(plan, samples), samples.fresh)
+        return (
+            (None, False) if samples is None else (stacked(plan, samples, vectors), samples.fresh)
+        )
 
     return empirical if fisher == "empirical" else model
 
 
-def stacked(plan: Plan, samples: Any) -> dict[str, jax.Array]:
+def stacked(plan: Plan, samples: Any, vectors: bool = False) -> dict[str, jax.Array]:
     """Samples as blocks: ``{bucket: (size, n, *block shape)}``."""
     columns = []
     for leaf in plan.covered:
-        x = samples.gradients(leaf.path)
-        if x.shape[1:] != leaf.shape and (x.shape[1:], leaf.shape) != ((), (1,)):
-            raise ValueError(
-                f"samples of parameter '{leaf.path}' have shape {x.shape[1:]}, the parameter "
-                f"{leaf.shape}: take them of the parameters that the optimizer gets"
-            )
-        columns.append(x.reshape(len(x), *leaf.shape))
+        x = samples.vectors(leaf.path) if vectors else samples.gradients(leaf.path)
+        columns.append(matching(x, leaf.path, leaf.shape))
     draws = [buckets.gather(plan, draw) for draw in zip(*columns, strict=True)]
     return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *draws)
+
+
+def matching(x: jax.Array, path: str, shape: tuple[int, ...]) -> jax.Array:
+    """Samples ``(n, *shape)`` of a parameter; those of a scalar may be ``(n,)``.
+
+    Raises:
+      ValueError: they have another shape.
+    """
+    if x.shape[1:] != shape and (x.shape[1:], shape) != ((), (1,)):
+        raise ValueError(
+            f"samples of parameter '{path}' have shape {x.shape[1:]}, the parameter {shape}: take "
+            "them of the parameters that the optimizer gets"
+        )
+    return x.reshape(len(x), *shape)
 
 
 def covered_by(layout: Layout) -> Callable[[Any], Any]:

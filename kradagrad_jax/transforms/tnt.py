@@ -13,7 +13,6 @@ from kradagrad_jax.factors.tnt import TntOptions, tnt_method
 from kradagrad_jax.transforms import sampled
 from kradagrad_jax.transforms.common import check_choice, choose
 
-WHOLE = Layout(block_size=None, merge="none", vectors="block")
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
         "fisher": "model",
@@ -33,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "refresh_every": 20,
         "statistics_every": 1,
         "timing": Timing(),
-        "layout": WHOLE,
+        "layout": sampled.WHOLE,
         "fallback": None,
     }
 }
