@@ -18,12 +18,14 @@ class BatchAxes:
       grown: per value the dimensions that doubled with the batch; None: unknown, guess.
       shapes: shape of every value.
       guessed: why they had to be guessed; "" if they are known.
+      alone: values of a single example, inside loops over examples; found while walking.
     """
 
     examples: int
     grown: tuple[tuple[int, ...], ...] | None
     shapes: tuple[tuple[int, ...], ...]
     guessed: str = ""
+    alone: set[int] = dataclasses.field(default_factory=set)
 
     def __call__(self, value: int) -> tuple[int, ...]:
         if self.grown is not None:
@@ -58,7 +60,7 @@ def batch_axes(
         for a, b in zip(graph.shapes, other.shapes, strict=True)
     )
     usable = tuple(
-        tuple(d for d in dims if shape[d] % examples == 0)
+        tuple(d for d in dims if shape[d] % examples == 0 or examples % shape[d] == 0)
         for dims, shape in zip(grown, shapes, strict=True)
     )
     return BatchAxes(examples, usable, shapes)

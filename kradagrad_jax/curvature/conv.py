@@ -36,16 +36,12 @@ class Patches:
     examples: int
 
     @classmethod
-    def of(
-        cls, p: dict[str, Any], shape: Sequence[int], sizes: Sequence[int], batch: int, n: int
-    ) -> "Patches":
+    def of(cls, p: dict[str, Any], sizes: Sequence[int], n: int) -> "Patches":
         """From the parameters of an equation; ``sizes`` = window and channels of one group."""
-        del shape
         spec = p["dimension_numbers"].lhs_spec
-        assert spec[0] == batch
         k = len(sizes) - 1
         return cls(
-            (batch, *spec[2:], spec[1]),
+            (spec[0], *spec[2:], spec[1]),
             tuple(sizes[:-1]),
             tuple(p["window_strides"]),
             tuple((int(a), int(b)) for a, b in p["padding"]),

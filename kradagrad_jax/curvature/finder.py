@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kradagrad_jax.curvature import uses as use_rules
+from kradagrad_jax.curvature import pointwise, products
 from kradagrad_jax.curvature import views as view_rules
 from kradagrad_jax.curvature.batch import BatchAxes
 from kradagrad_jax.curvature.internals import REMAT, Block, Graph, Node
@@ -14,6 +14,15 @@ from kradagrad_jax.curvature.uses import Rejected, Use
 from kradagrad_jax.curvature.views import Concat, View
 
 Views = dict[int, View | Concat]
+RULES = {
+    "dot_general": products.dot,
+    "conv_general_dilated": products.conv,
+    "gather": pointwise.gather,
+    "mul": pointwise.elementwise,
+    "add": pointwise.elementwise,
+    "add_any": pointwise.elementwise,
+    "sub": pointwise.elementwise,
+}
 
 
 @dataclasses.dataclass
@@ -60,6 +69,7 @@ class Finder:
         for node in block.nodes:
             if needed is not None and node.index not in needed:
                 continue
+            self._spread(node)
             held = [
                 (i, views[v])
                 for i, v in enumerate(node.inputs)
@@ -75,6 +85,17 @@ class Finder:
             elif node.name != "stop_gradient" and any(self.graph.floating[o] for o in node.outputs):
                 self._consume(node, views, held)
 
+    def _spread(self, node: Node) -> None:
+        """What depends on values of a single example is one itself."""
+        alone = self.batch.alone
+        if not any(isinstance(v, int) and v in alone for v in node.inputs):
+            return
+        alone.update(node.outputs)
+        for block in node.blocks:
+            outer = node.inputs[-len(block.inputs) :]  # a branch does not get the index
+            pairs = zip(block.inputs, outer, strict=True)
+            alone.update(i for i, o in pairs if isinstance(o, int) and o in alone)
+
     def _consume(self, node: Node, views: Views, held: list[tuple[int, View | Concat]]) -> None:
         if len(held) > 1:
             for _, view in held:
@@ -86,7 +107,7 @@ class Finder:
             views.update({o: v for o, v in zip(node.outputs, moved, strict=True) if v is not None})
             return
         try:
-            found = use_rules.find(node, at, view, self.graph, self.batch, self.batch.examples)
+            found = _find(node, at, view, self.graph, self.batch)
         except Rejected as reason:
             if not self._paired_concat(node, at, view) and not self._multiplied(
                 node, at, view, views
@@ -208,6 +229,9 @@ class Finder:
     def _scan(self, node: Node, operands: list[View | Concat | None], views: Views) -> None:
         block, p = node.blocks[0], node.params
         constants, carries = p["num_consts"], p["num_carry"]
+        scanned = node.inputs[constants + carries :]
+        if any(isinstance(v, int) and 0 in self.batch(v) for v in scanned):
+            self.batch.alone.update(block.inputs[constants:])  # a loop over examples
         inner: list[View | Concat | None] = []
         for i, view in enumerate(operands):
             if view is None:
@@ -235,6 +259,14 @@ class Finder:
             other = (reason, node.name, node.where)
             if other not in self.found.others[part.leaf]:
                 self.found.others[part.leaf].append(other)
+
+
+def _find(node: Node, at: int, view: View | Concat, graph: Graph, batch: BatchAxes) -> list[Use]:
+    """The uses of operand ``at``; raises Rejected with the reason if there is none."""
+    rule = RULES.get(node.name)
+    if rule is None:
+        raise Rejected("not a linear layer")
+    return rule(node, at, view, graph, batch)
 
 
 def _shared(view: View | Concat, length: int) -> View | Concat:

@@ -81,7 +81,7 @@ def with_bias(part: Part) -> jax.Array:
 def row_counts(ids: jax.Array, weight: jax.Array | None, rows: int) -> jax.Array:
     """How often each row of an embedding was read: ``ids (..., N, R)`` -> ``(..., rows)``."""
     flat = ids.reshape(*ids.shape[:-2], -1).astype(jnp.int32)
-    one = jnp.ones(flat.shape, jnp.float32) if weight is None else weight.reshape(flat.shape)
+    one = jnp.ones(flat.shape, float) if weight is None else weight.reshape(flat.shape)
     count = lambda i, w: jnp.zeros((rows,), w.dtype).at[i].add(w, mode="drop")  # noqa: E731
     for _ in range(flat.ndim - 1):
         count = jax.vmap(count)

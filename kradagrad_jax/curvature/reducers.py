@@ -129,9 +129,9 @@ def _squares(x: jax.Array, max_dim: int) -> tuple[str, jax.Array]:
 def _sums(reducer: Reducer, tap: Tap, a: jax.Array, g: jax.Array, mask: Any) -> Part:
     s, n, r = g.shape[:3]
     limit = 0 if reducer.name == "diag" else reducer.max_dim
-    count = jnp.full((s,), n * r, jnp.float32)
+    count = jnp.full((s,), n * r, float)
     if mask is not None:
-        count = jnp.sum(mask, axis=(1, 2), dtype=jnp.float32)
+        count = jnp.sum(mask, axis=(1, 2), dtype=float)
     out: Part = {}
     if _ids(tap):
         assert tap.layer is not None
@@ -152,17 +152,17 @@ def _reduced(a: jax.Array, g: jax.Array, mask: Any, count: jax.Array) -> tuple[A
     if mask is None:
         a = jnp.mean(wide(a), axis=2, keepdims=True)
         return a, jnp.sum(wide(g), axis=2, keepdims=True), count / g.shape[2]
-    seen = jnp.sum(mask, axis=2, dtype=jnp.float32)
+    seen = jnp.sum(mask, axis=2, dtype=float)
     a = jnp.sum(wide(a), axis=2, keepdims=True) / jnp.maximum(seen, 1)[..., None, None]
-    count = jnp.sum(seen > 0, axis=1, dtype=jnp.float32)
+    count = jnp.sum(seen > 0, axis=1, dtype=float)
     return a, jnp.sum(wide(g), axis=2, keepdims=True), count
 
 
 def _raw(tap: Tap, a: jax.Array, g: jax.Array, mask: Any) -> Part:
     s, n, r = g.shape[:3]
-    out: Part = {"P": jnp.full((s,), n * r, jnp.float32)}
+    out: Part = {"P": jnp.full((s,), n * r, float)}
     if mask is not None:
-        out = {"P": jnp.sum(mask, axis=(1, 2), dtype=jnp.float32), "mask": wide(mask)}
+        out = {"P": jnp.sum(mask, axis=(1, 2), dtype=float), "mask": wide(mask)}
         a = a if _ids(tap) else a * mask[..., None].astype(a.dtype)
     if _ids(tap):
         return {**out, "ids": a.astype(jnp.float32), "g": g[:, None]}
