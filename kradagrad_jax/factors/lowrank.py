@@ -191,6 +191,7 @@ def _follow(
     kept = _first(LowRank(side.pairs.w[:most], side.pairs.u[:, :most]), rank)
     pairs = brand_update(LowRank(old * kept.w, kept.u), jnp.sqrt(new) * rows.T)
     valid = rank + o.columns
+    pairs = _first(pairs, valid)
     if online.truncate == "after":
         pairs, valid = _first(LowRank(pairs.w[:most], pairs.u[:, :most]), rank), rank
     if o.correct and m is not None:
@@ -255,7 +256,7 @@ def _first(pairs: LowRank, number: Any) -> LowRank:
     if isinstance(number, int) and number >= pairs.w.shape[0]:
         return pairs
     keep = jnp.arange(pairs.w.shape[0]) < number
-    return LowRank(jnp.where(keep, pairs.w, 0), jnp.where(keep, pairs.u, 0))
+    return LowRank(jnp.where(keep, pairs.w, 0), jnp.where(keep[None, :], pairs.u, 0))
 
 
 def _key(o: LowRankOptions, step: Step, place: tuple[int, Any], purpose: int) -> jax.Array:

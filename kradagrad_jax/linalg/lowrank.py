@@ -94,7 +94,7 @@ def brand_update(pairs: LowRank, columns: jax.Array) -> LowRank:
     """
     q, r = qr(jnp.concatenate([pairs.u, columns], axis=1))
     weights = jnp.concatenate([jnp.maximum(pairs.w, 0), jnp.ones(columns.shape[1], pairs.w.dtype)])
-    w, v = eigh(symmetrize(matmul(r * weights, r.T)))
+    w, v = eigh(symmetrize(matmul(r * weights[None, :], r.T)))
     return LowRank(jnp.maximum(w[::-1], 0), matmul(q, v[:, ::-1]))
 
 
@@ -142,7 +142,7 @@ def low_rank_solve(
 
 def _masked(q: jax.Array, width: ArrayLike | None) -> jax.Array:
     """Drops columns from `width` on: of a QR the first columns do not depend on them."""
-    return q if width is None else jnp.where(jnp.arange(q.shape[1]) < width, q, 0)
+    return q if width is None else jnp.where((jnp.arange(q.shape[1]) < width)[None, :], q, 0)
 
 
 def _clean(w: jax.Array) -> jax.Array:
