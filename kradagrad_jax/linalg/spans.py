@@ -123,7 +123,7 @@ def _orthonormal_rows(u: jax.Array, p: jax.Array) -> tuple[jax.Array, jax.Array,
     c = inner(u, q)  # the division by small roots has amplified what was left of u
     q = q - combine(c.T, u)
     turn, root = _roots(inner(q, q))
-    return combine(turn.T, q), matmul(root, back) * lengths, matmul(c, back) * lengths
+    return combine(turn.T, q), matmul(root, back) * lengths[None], matmul(c, back) * lengths[None]
 
 
 def _roots(gram: jax.Array) -> tuple[jax.Array, jax.Array]:

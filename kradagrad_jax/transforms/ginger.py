@@ -11,6 +11,7 @@ from kradagrad_jax.transforms import sampled
 from kradagrad_jax.transforms.common import check_choice, choose
 from kradagrad_jax.transforms.flat import as_one_vector
 
+POLISH_EVERY = 64  # steps between re-orthonormalisations, which cost 4 d tau^2
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
         "fisher": "model",
@@ -139,7 +140,7 @@ def scale_by_ginger(
         ginger_method(options),
         layout=sampled.unmerged(c["layout"]),
         source=sampled.source("ginger", c["fisher"], vectors=True),
-        refresh_every=2**30,  # there is nothing to refresh
+        refresh_every=POLISH_EVERY,
         statistics_every=c["statistics_every"],
         timing=c["timing"],
         graft="none",
