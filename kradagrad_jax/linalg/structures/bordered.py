@@ -1,0 +1,257 @@
+"""Diagonal matrices with dense borders: the hierarchical and the rank-k triangular family."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kradagrad_jax.linalg.products import matmul
+from kradagrad_jax.linalg.structures.base import Structure, wide
+
+
+class HierarchicalParts(NamedTuple):
+    """Numbers of ``[[A, B2, B3], [0, diag(c), 0], [0, D, E]]``; None where a part is empty.
+
+    Attributes:
+      a: (k1, k1).
+      b: (k1, d - k1), the columns of B2 and B3.
+      c: (d - k1 - k2,).
+      d: (k2, d - k1 - k2).
+      e: (k2, k2).
+    """
+
+    a: jax.Array | None
+    b: jax.Array | None
+    c: jax.Array | None
+    d: jax.Array | None
+    e: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Hierarchical(Structure):
+    """A dense leading block with its rows, a diagonal, a dense trailing block with its rows.
+
+    ``(k1 + k2 + 1) d - k1 k2 - k1 - k2`` numbers, see :class:`HierarchicalParts`. A small matrix
+    fills A first (dense up to k1), then E, then the diagonal. ``k1 = 0`` is lower triangular with a
+    diagonal at the top left, ``k2 = 0`` upper triangular with a diagonal at the bottom right.
+    """
+
+    k1: int = 15
+    k2: int = 15
+
+    def __post_init__(self):
+        if min(self.k1, self.k2) < 0:
+            raise ValueError(f"hierarchical needs sizes >= 0, got {self.k1}, {self.k2}")
+
+    @property
+    def name(self) -> str:
+        if self.k1 == 0 and self.k2:
+            return f"tril_top_left_diag:{self.k2}"
+        if self.k2 == 0 and self.k1:
+            return f"triu_bottom_right_diag:{self.k1}"
+        return f"hierarchical:{self.k1},{self.k2}"
+
+    def _cuts(self, d: int) -> tuple[int, int]:
+        """Where the middle and the last part begin."""
+        first = min(self.k1, d)
+        return first, max(d - self.k2, first)
+
+    def _split(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        i, j = self._cuts(x.shape[0])
+        return x[:i], x[i:j], x[j:]
+
+    def identity(self, d: int, dtype: Any) -> HierarchicalParts:
+        i, j = self._cuts(d)
+        return _trim(
+            jnp.eye(i, dtype=dtype),
+            jnp.zeros((i, d - i), dtype),
+            jnp.ones(j - i, dtype),
+            jnp.zeros((d - j, j - i), dtype),
+            jnp.eye(d - j, dtype=dtype),
+        )
+
+    def to_dense(self, k: HierarchicalParts) -> jax.Array:
+        a, b, c, d, e = _fill(k)
+        i, m = len(a), len(c)
+        out = jnp.zeros((i + b.shape[1],) * 2, a.dtype)
+        out = out.at[:i, :i].set(a).at[:i, i:].set(b).at[i : i + m, i : i + m].set(jnp.diag(c))
+        return out.at[i + m :, i : i + m].set(d).at[i + m :, i + m :].set(e)
+
+    def project_dense(self, m: jax.Array) -> HierarchicalParts:
+        i, j = self._cuts(m.shape[0])
+        middle = jnp.diagonal(m)[i:j]
+        return _trim(m[:i, :i], 2 * m[:i, i:], middle, 2 * m[j:, i:j], m[j:, j:])
+
+    def project_gram(self, s: jax.Array) -> HierarchicalParts:
+        s1, s2, s3 = self._split(s)
+        return _trim(
+            matmul(s1, s1.T),
+            2 * matmul(s1, s[len(s1) :].T),
+            jnp.sum(s2 * s2, axis=1),
+            2 * matmul(s3, s2.T),
+            matmul(s3, s3.T),
+        )
+
+    def ktk(self, k: HierarchicalParts) -> HierarchicalParts:
+        a, b, c, d, e = _fill(k)
+        b2, b3 = b[:, : len(c)], b[:, len(c) :]
+        return _trim(
+            matmul(a.T, a),
+            2 * matmul(a.T, b),
+            c * c + jnp.sum(b2 * b2, axis=0) + jnp.sum(d * d, axis=0),
+            2 * (matmul(b3.T, b2) + matmul(e.T, d)),
+            matmul(e.T, e) + matmul(b3.T, b3),
+        )
+
+    def matmul(self, k: HierarchicalParts, n: HierarchicalParts) -> HierarchicalParts:
+        a, b, c, d, e = _fill(k)
+        a_, b_, c_, d_, e_ = _fill(n)
+        b2, b3 = b[:, : len(c)], b[:, len(c) :]
+        inner = jnp.concatenate([b2 * c_[None] + matmul(b3, d_), matmul(b3, e_)], axis=1)
+        return _trim(
+            matmul(a, a_),
+            matmul(a, b_) + inner,
+            c * c_,
+            d * c_[None] + matmul(e, d_),
+            matmul(e, e_),
+        )
+
+    def apply(self, k: HierarchicalParts, x: jax.Array) -> jax.Array:
+        a, b, c, d, e = _fill(k)
+        x1, x2, x3 = self._split(x)
+        first = matmul(a, x1) + matmul(b, x[len(x1) :])
+        return jnp.concatenate([first, c[:, None] * x2, matmul(d, x2) + matmul(e, x3)])
+
+    def apply_transposed(self, k: HierarchicalParts, x: jax.Array) -> jax.Array:
+        a, b, c, d, e = _fill(k)
+        x1, x2, x3 = self._split(x)
+        rest = matmul(b.T, x1)
+        middle = rest[: len(c)] + c[:, None] * x2 + matmul(d.T, x3)
+        return jnp.concatenate([matmul(a.T, x1), middle, rest[len(c) :] + matmul(e.T, x3)])
+
+    def average(self, k: HierarchicalParts) -> jax.Array:
+        a, b, c, _, e = _fill(k)
+        total = sum(jnp.sum(wide(x)) for x in (jnp.diagonal(a), c, jnp.diagonal(e)))
+        return total / (len(a) + b.shape[1])
+
+    def subtract_identity(self, k: HierarchicalParts) -> HierarchicalParts:
+        a, b, c, d, e = _fill(k)
+        return _trim(a - jnp.eye(len(a), dtype=a.dtype), b, c - 1, d,
+                     e - jnp.eye(len(e), dtype=e.dtype))  # fmt: skip
+
+
+def _fill(k: HierarchicalParts) -> tuple[jax.Array, ...]:
+    """All parts, the missing ones as arrays of size zero."""
+    dtype = next(x.dtype for x in k if x is not None)
+    i, m, j = (0 if x is None else x.shape[0] for x in (k.a, k.c, k.e))
+    shapes = ((i, i), (i, m + j), (m,), (j, m), (j, j))
+    return tuple(jnp.zeros(s, dtype) if x is None else x for x, s in zip(k, shapes, strict=True))
+
+
+def _trim(*parts: jax.Array) -> HierarchicalParts:
+    return HierarchicalParts(*(x if x.size else None for x in parts))
+
+
+class BorderParts(NamedTuple):
+    """Numbers of a diagonal with dense columns beside it; None where a part is empty.
+
+    Attributes:
+      e: (k, k) dense block.
+      b: (d - k, k), the rows of the diagonal, the columns of the dense block.
+      c: (d - k,) diagonal.
+    """
+
+    e: jax.Array
+    b: jax.Array | None
+    c: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Bordered(Structure):
+    """A diagonal and ``k`` dense columns: (k + 1) d - k numbers, see :class:`BorderParts`.
+
+    Upper triangular ``[[diag(c), B], [0, E]]``, or with ``lower``, ``[[E, 0], [B, diag(c)]]``; a
+    matrix of at most k rows is dense. With dense rows in place of columns these are the two
+    :class:`Hierarchical` ones with ``k1 = 0`` or ``k2 = 0``.
+    """
+
+    k: int = 1
+    lower: bool = True
+
+    def __post_init__(self):
+        if self.k < 1:
+            raise ValueError(f"rank-k structures need k >= 1, got {self.k}")
+
+    @property
+    def name(self) -> str:
+        return f"{'tril_bottom_right' if self.lower else 'triu_top_left'}_diag:{self.k}"
+
+    def _split(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Rows of the dense block and of the diagonal."""
+        d = x.shape[0]
+        k = min(self.k, d)
+        return (x[:k], x[k:]) if self.lower else (x[d - k :], x[: d - k])
+
+    def _join(self, dense: jax.Array, diagonal: jax.Array, axis: int = 0) -> jax.Array:
+        parts = [dense, diagonal] if self.lower else [diagonal, dense]
+        return jnp.concatenate(parts, axis=axis)
+
+    def identity(self, d: int, dtype: Any) -> BorderParts:
+        k = min(self.k, d)
+        return _trim_border(
+            jnp.eye(k, dtype=dtype), jnp.zeros((d - k, k), dtype), jnp.ones(d - k, dtype)
+        )
+
+    def to_dense(self, k: BorderParts) -> jax.Array:
+        e, b, c = _fill_border(k)
+        first = self._join(e, jnp.zeros((len(e), len(c)), e.dtype), axis=1)
+        return self._join(first, self._join(b, jnp.diag(c), axis=1))
+
+    def project_dense(self, m: jax.Array) -> BorderParts:
+        dense, rest = self._split(m)
+        e, _ = self._split(dense.T)
+        b, _ = self._split(rest.T)
+        _, c = self._split(jnp.diagonal(m))
+        return _trim_border(e.T, 2 * b.T, c)
+
+    def project_gram(self, s: jax.Array) -> BorderParts:
+        s1, s2 = self._split(s)
+        return _trim_border(matmul(s1, s1.T), 2 * matmul(s2, s1.T), jnp.sum(s2 * s2, axis=1))
+
+    def ktk(self, k: BorderParts) -> BorderParts:
+        e, b, c = _fill_border(k)
+        return _trim_border(matmul(e.T, e) + matmul(b.T, b), 2 * c[:, None] * b, c * c)
+
+    def matmul(self, k: BorderParts, n: BorderParts) -> BorderParts:
+        e, b, c = _fill_border(k)
+        e_, b_, c_ = _fill_border(n)
+        return _trim_border(matmul(e, e_), matmul(b, e_) + c[:, None] * b_, c * c_)
+
+    def apply(self, k: BorderParts, x: jax.Array) -> jax.Array:
+        e, b, c = _fill_border(k)
+        x1, x2 = self._split(x)
+        return self._join(matmul(e, x1), matmul(b, x1) + c[:, None] * x2)
+
+    def apply_transposed(self, k: BorderParts, x: jax.Array) -> jax.Array:
+        e, b, c = _fill_border(k)
+        x1, x2 = self._split(x)
+        return self._join(matmul(e.T, x1) + matmul(b.T, x2), c[:, None] * x2)
+
+    def average(self, k: BorderParts) -> jax.Array:
+        e, _, c = _fill_border(k)
+        total = jnp.sum(wide(jnp.diagonal(e))) + jnp.sum(wide(c))
+        return total / (len(e) + len(c))
+
+    def subtract_identity(self, k: BorderParts) -> BorderParts:
+        e = k.e - jnp.eye(len(k.e), dtype=k.e.dtype)
+        return k._replace(e=e, c=None if k.c is None else k.c - 1)
+
+
+def _fill_border(k: BorderParts) -> tuple[jax.Array, jax.Array, jax.Array]:
+    b = jnp.zeros((0, len(k.e)), k.e.dtype) if k.b is None else k.b
+    return k.e, b, jnp.zeros(0, k.e.dtype) if k.c is None else k.c
+
+
+def _trim_border(e: jax.Array, b: jax.Array, c: jax.Array) -> BorderParts:
+    return BorderParts(e, b if b.size else None, c if c.size else None)
