@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kradagrad_jax.curvature.assemble import assemble
 from kradagrad_jax.curvature.container import Curvature
 from kradagrad_jax.curvature.execute import Inputs, Sinks, make_sinks
+from kradagrad_jax.curvature.internals import varying_axes
 from kradagrad_jax.curvature.plan import Plan
 from kradagrad_jax.curvature.prepare import Prepared, prepare, report
 from kradagrad_jax.curvature.reducers import CustomReduce, Reducer, as_reducer
@@ -156,7 +157,8 @@ class Run:
         static = isinstance(self.update_stats, bool)
         gate = None if static else jnp.asarray(self.update_stats, bool)
         self.inputs = Inputs(gate, jnp.asarray(self.scale), by_tap)
-        self.sinks = make_sinks(self.ready.plan, self.reducer, by_tap)
+        axes = frozenset().union(*map(varying_axes, self.ready.values))
+        self.sinks = make_sinks(self.ready.plan, self.reducer, by_tap, axes)
 
     def curvature(self, stats: Sinks, terms: Any) -> Curvature:
         """The statistics by path; zeros if they are switched off."""

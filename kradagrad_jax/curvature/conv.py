@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +51,21 @@ class Patches:
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        slices = self._slices(x)
+        n, k = self.examples, len(slices)
+        rows = jnp.stack(slices, axis=-2)  # (batch, *space, window, channels)
+        rows = rows.reshape(n, -1, k, self.groups, rows.shape[-1] // self.groups)
+        return jnp.moveaxis(rows, 3, 0).reshape(self.groups, n, rows.shape[1], -1)
+
+    def means(self, x: jax.Array) -> jax.Array:
+        """Mean over the positions of each example ``(S, N, 1, d_in)``, without building patches."""
+        n, wide = self.examples, jnp.promote_types(x.dtype, jnp.float32)
+        each = [jnp.mean(s.reshape(n, -1, s.shape[-1]).astype(wide), 1) for s in self._slices(x)]
+        rows = jnp.stack(each, axis=1).reshape(n, 1, len(each), self.groups, -1)
+        return jnp.moveaxis(rows, 3, 0).reshape(self.groups, n, 1, -1)
+
+    def _slices(self, x: jax.Array) -> list[jax.Array]:
+        """One strided slice ``(batch, *space, channels)`` of the padded input per offset."""
         x = x.transpose(self.order)
         edges = [
             (low, high, inner - 1)
@@ -72,8 +86,4 @@ class Patches:
                     x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *self.strides, 1)
                 )
             )
-        rows = jnp.stack(slices, axis=-2)  # (batch, *space, window, channels)
-        n, r, k = self.examples, x.shape[0] // self.examples * math.prod(space), len(slices)
-        rows = rows.reshape(n, r, k, self.groups, x.shape[-1] // self.groups)
-        rows = jnp.moveaxis(rows, 3, 0)
-        return rows.reshape(self.groups, n, r, -1)
+        return slices

@@ -72,7 +72,11 @@ def _tap(reduce: Callable[..., Any]) -> Callable[..., Any]:
 
         def compute() -> Any:
             found = reduce(x, g, extra, scale)
-            return jax.tree.map(lambda v, s: v.astype(s.dtype), found, sink)
+            return jax.tree.map(
+                lambda v, s: internals.vary(v.astype(s.dtype), internals.varying_axes(s)),
+                found,
+                sink,
+            )
 
         # only the reducer is conditional: convolutions inside `cond` are slow on CPU
         stats = compute() if gate is None else lax.cond(gate, compute, lambda: sink)
@@ -177,8 +181,11 @@ def _scan(
     return [*carry, *ys]
 
 
-def make_sinks(plan: Plan, reducer: Reducer, extra: Sinks) -> Sinks:
-    """Zeros of the shape of each tap's statistics, with the axes of the loops in front."""
+def make_sinks(plan: Plan, reducer: Reducer, extra: Sinks, axes: frozenset[Any]) -> Sinks:
+    """Zeros of the shape of each tap's statistics, with the axes of the loops in front.
+
+    Inside ``jax.shard_map`` they differ between devices over the mesh axes ``axes``.
+    """
     graph, out = plan.graph, {}
     shape_of = {n.index: n.outputs[0] for n in graph.block.walk() if n.outputs}
     for number, tap in enumerate(plan.taps):
@@ -195,7 +202,8 @@ def make_sinks(plan: Plan, reducer: Reducer, extra: Sinks) -> Sinks:
         )
         loops = [n for flag, n in use.view.loops if flag == "stack" or reducer.keeps_positions]
         out[str(number)] = jax.tree.map(
-            lambda s, loops=loops: jnp.zeros((*loops, *s.shape), s.dtype), parts
+            lambda s, loops=loops: internals.vary(jnp.zeros((*loops, *s.shape), s.dtype), axes),
+            parts,
         )
     return out
 

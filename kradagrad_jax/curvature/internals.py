@@ -147,14 +147,31 @@ def trace(fn: Callable[..., Any], args: Sequence[Any]) -> Graph:
     return Graph(block, builder.shapes, builder.dtypes, builder.floating, builder.count)
 
 
-def doubled(x: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of ``x`` with axis 0 twice as long."""
-    return jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype)
+def abstract(x: Any, times: int = 1) -> Any:
+    """Type of ``x`` for a trace, with axis 0 ``times`` as long."""
+    if times == 1:
+        return x
+    shape = (times * x.shape[0], *x.shape[1:])
+    if varying_axes(x):  # inside shard_map, of which a ShapeDtypeStruct knows nothing
+        return jax.typeof(x).update(shape=shape)
+    return jax.ShapeDtypeStruct(shape, x.dtype)
 
 
-def shape_of(x: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of ``x``."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+def varying_axes(x: Any) -> frozenset[Any]:
+    """Mesh axes over which a value inside ``jax.shard_map`` differs between devices."""
+    aval = jax.typeof(x)
+    kind = getattr(aval, "manual_axis_type", None)
+    return frozenset(getattr(aval, "vma", ()) if kind is None else kind.varying)
+
+
+def vary(x: Any, axes: frozenset[Any]) -> Any:
+    """Casts ``x`` to vary over further mesh axes."""
+    missing = tuple(sorted(axes - varying_axes(x)))
+    if not missing:
+        return x
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, missing, to="varying")
+    return getattr(lax, "pvary")(x, missing)  # noqa: B009
 
 
 def bind(node: Node, values: Sequence[Any]) -> Sequence[Any]:

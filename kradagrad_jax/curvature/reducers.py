@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kradagrad_jax.curvature.conv import Patches
 from kradagrad_jax.curvature.layout import Layer
 from kradagrad_jax.curvature.parts import Part, row_counts, wide
 from kradagrad_jax.curvature.plan import Tap
@@ -70,7 +71,8 @@ def reduce_use(
     """Statistics of one use from its activation and the cotangent of its output."""
     if tap.layer is None:
         return _elementwise(reducer, tap, activation, multiplier, g)
-    a, g = canonical(tap, activation, g)
+    averaged = reducer.name == "kron_reduce" and not reducer.mask_zero_g
+    a, g = canonical(tap, activation, g, averaged)
     if reducer.custom is not None:
         factor = jnp.asarray(scale * tap.use.view.factor, wide(g).dtype)
         return reducer.custom(tap.layer, a if _ids(tap) else wide(a), wide(g) * factor, extra)
@@ -84,11 +86,20 @@ def reduce_use(
     return _sums(reducer, tap, a, g, mask)
 
 
-def canonical(tap: Tap, activation: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """a (or row ids) and g in canonical form, cut to the part of a concatenated weight."""
+def canonical(
+    tap: Tap, activation: Any, g: jax.Array, averaged: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """a (or row ids) and g in canonical form, cut to the part of a concatenated weight.
+
+    ``averaged``: patches of a convolution may come as their mean, R = 1.
+    """
     use = tap.use
     assert use.inputs is not None
-    a, g = use.inputs(activation), use.outputs(g)
+    if averaged and isinstance(use.inputs, Patches):
+        a = use.inputs.means(activation)
+    else:
+        a = use.inputs(activation)
+    g = use.outputs(g)
     begin, end = use.part
     if use.side == "rows":
         a = a[..., begin:end]
@@ -149,8 +160,10 @@ def _sums(reducer: Reducer, tap: Tap, a: jax.Array, g: jax.Array, mask: Any) -> 
 
 def _reduced(a: jax.Array, g: jax.Array, mask: Any, count: jax.Array) -> tuple[Any, Any, Any]:
     """Mean of a and sum of g over the positions of each example."""
+    if g.shape[2] == 1:
+        return a, g, count
     if mask is None:
-        a = jnp.mean(wide(a), axis=2, keepdims=True)
+        a = a if a.shape[2] == 1 else jnp.mean(wide(a), axis=2, keepdims=True)
         return a, jnp.sum(wide(g), axis=2, keepdims=True), count / g.shape[2]
     seen = jnp.sum(mask, axis=2, dtype=float)
     a = jnp.sum(wide(a), axis=2, keepdims=True) / jnp.maximum(seen, 1)[..., None, None]
