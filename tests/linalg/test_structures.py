@@ -168,9 +168,14 @@ def test_bfloat16_stays_bfloat16(name):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(d, 4)), jnp.float32)
     k32 = s.project_gram(x)
     k = s.project_gram(x.astype(jnp.bfloat16))
-    for ours, wide in ((k, k32), (s.ktk(k), s.ktk(k32)), (s.matmul(k, k), s.matmul(k32, k32)),
-                       (s.subtract_identity(k), s.subtract_identity(k32)),
-                       (s.apply_square(k, x.astype(jnp.bfloat16)), s.apply_square(k32, x))):  # fmt: skip
+    pairs = [
+        (k, k32),
+        (s.ktk(k), s.ktk(k32)),
+        (s.matmul(k, k), s.matmul(k32, k32)),
+        (s.subtract_identity(k), s.subtract_identity(k32)),
+        (s.apply_square(k, x.astype(jnp.bfloat16)), s.apply_square(k32, x)),
+    ]
+    for ours, wide in pairs:
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wide), strict=True):
             assert a.dtype == jnp.bfloat16 and b.dtype == jnp.float32
             a = a.astype(jnp.float32)
@@ -195,5 +200,5 @@ def test_unknown_structures_are_refused(name):
     if name == "triu:":
         assert structure(name) == structure("triu")
         return
-    with pytest.raises(ValueError, match="structure|needs"):
+    with pytest.raises(ValueError, match=r"structure|needs"):
         structure(name)

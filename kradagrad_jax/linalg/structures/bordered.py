@@ -132,8 +132,8 @@ class Hierarchical(Structure):
 
     def average(self, k: HierarchicalParts) -> jax.Array:
         a, b, c, _, e = _fill(k)
-        total = sum(jnp.sum(wide(x)) for x in (jnp.diagonal(a), c, jnp.diagonal(e)))
-        return total / (len(a) + b.shape[1])
+        diagonal = jnp.concatenate([jnp.diagonal(a), c, jnp.diagonal(e)])
+        return jnp.sum(wide(diagonal)) / (len(a) + b.shape[1])
 
     def subtract_identity(self, k: HierarchicalParts) -> HierarchicalParts:
         a, b, c, d, e = _fill(k)

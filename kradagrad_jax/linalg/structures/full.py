@@ -128,7 +128,8 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def _indices(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    return row, column
 
 
 def _in_corner(shape: tuple[int, ...]) -> jax.Array:
