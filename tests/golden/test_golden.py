@@ -15,7 +15,18 @@ import numpy as np
 import optax
 import pytest
 
-from tests.golden import brand, clean, facebook, ginger, kfac, official, precondition, tnt
+from tests.golden import (
+    brand,
+    clean,
+    facebook,
+    ginger,
+    kfac,
+    official,
+    precondition,
+    singd,
+    sirfshampoo,
+    tnt,
+)
 from tests.golden.case import Case
 from tests.golden.recorded import Recorded, UnknownFile, load
 from tests.x64 import x64
@@ -47,7 +58,11 @@ def build(file: Recorded, params: dict[str, jax.Array]) -> Case:
 
 
 # Families whose statistics are not gradients: `errors_of(raw)`, `tolerance_of(raw)`.
-FAMILIES = {name: module for module in (kfac, brand, tnt, ginger) for name in module.METHODS}
+FAMILIES = {
+    name: module
+    for module in (kfac, brand, tnt, ginger, singd, sirfshampoo)
+    for name in module.METHODS
+}
 
 
 def errors_of(file: Recorded) -> dict[str, float]:
