@@ -7,7 +7,7 @@ import pytest
 
 from kradagrad_jax import curvature
 from kradagrad_jax.curvature import losses
-from tests.curvature.zoo import draw
+from tests.curvature.zoo import draw, quick
 from tests.x64 import x64
 
 N, HIDDEN, OUT = 7, 5, 3
@@ -59,21 +59,27 @@ def test_exact_factor_of_a_hidden_layer(name, weighted):
         loss, kind = LOSSES[name]
         targets = targets_of(kind, values, labels)
         w = weights if weighted else None
-        wanted = truth(loss, params, x, targets, w)
-        for reducer in ("kron", "raw"):
-            step = curvature.model_value_grad_and_curvature(
-                model, loss, fisher="exact", reducer=reducer
-            )
-            value, grads, curv = jax.jit(step)(params, x, targets, weights=w)
-            np.testing.assert_allclose(
-                curv.grams("w").g[0], wanted, rtol=0, atol=1e-14 * np.abs(wanted).max()
-            )
-            inputs = jnp.concatenate([x, jnp.ones((N, 1))], 1)
-            np.testing.assert_allclose(curv.grams("w").a[0], inputs.T @ inputs / N, rtol=1e-13)
-        rows = curv.rows("w")
+
+        def everything(params, x, targets):
+            make = curvature.model_value_grad_and_curvature
+            out = [
+                make(model, loss, fisher="exact", reducer=r)(params, x, targets, weights=w)
+                for r in ("kron", "raw")
+            ]
+            plain = jax.value_and_grad(lambda p: loss.value(model(p, x), targets, w))(params)
+            wanted = truth(loss, params, x, targets, w)
+            return out[1][:2], plain, wanted, [c.grams("w") for _, _, c in out], out[1][2].rows("w")
+
+        (value, grads), plain, wanted, grams, rows = quick(everything, params, x, targets)
+        inputs = np.concatenate([x, np.ones((N, 1))], 1)
+        for found in grams:
+            size = np.abs(wanted).max()
+            np.testing.assert_allclose(found.g[0], wanted, rtol=0, atol=1e-14 * size)
+            np.testing.assert_allclose(found.a[0], inputs.T @ inputs / N, rtol=1e-13)
         assert rows.a.shape[1] == rows.g.shape[1] == N * OUT
-        np.testing.assert_allclose(rows.a[0].T @ rows.a[0], curv.grams("w").a[0], rtol=1e-12)
-        plain = jax.value_and_grad(lambda p: loss.value(model(p, x), targets, w))(params)
+        a, g = np.asarray(rows.a[0]), np.asarray(rows.g[0])
+        np.testing.assert_allclose(a.T @ a, grams[0].a[0], rtol=1e-12)
+        np.testing.assert_allclose(g.T @ g, grams[0].g[0], rtol=1e-11)
         np.testing.assert_allclose(value, plain[0], rtol=1e-14)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), grads, plain[1])
 
@@ -86,8 +92,12 @@ def test_draws_tend_to_the_exact_factor(name):
         targets = targets_of(kind, values, labels)
         exact = curvature.model_value_grad_and_curvature(model, loss, fisher="exact")
         mc = curvature.model_value_grad_and_curvature(model, loss, num_samples=3000)
-        wanted = exact(params, x, targets)[2].grams("w").g
-        found = jax.jit(mc)(params, x, targets, rng=jax.random.key(1))[2].grams("w").g
+
+        def both(params, x, targets):
+            found = mc(params, x, targets, rng=jax.random.key(1))[2].grams("w").g
+            return exact(params, x, targets)[2].grams("w").g, found
+
+        wanted, found = quick(both, params, x, targets)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=0.05 * np.abs(wanted).max())
 
 
@@ -97,10 +107,14 @@ def test_one_draw_differs_by_key_and_raw_agrees_with_sums():
     kron = make(model, losses.softmax_cross_entropy(), num_samples=2)
     raw = make(model, losses.softmax_cross_entropy(), num_samples=2, reducer="raw")
     keys = jax.random.split(jax.random.key(0))
-    one, two = (kron(params, x, labels, rng=k)[2].grams("w").g for k in keys)
+
+    def both(params, x, labels, key):
+        sums = kron(params, x, labels, rng=key)[2].grams("w").g[0]
+        return sums, raw(params, x, labels, rng=key)[2].rows("w").g[0]
+
+    (one, rows), (two, _) = (quick(both, params, x, labels, k) for k in keys)
     assert not np.allclose(one, two)
-    rows = raw(params, x, labels, rng=keys[0])[2].rows("w")
-    np.testing.assert_allclose(rows.g[0].T @ rows.g[0], one[0], rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(rows).T @ rows, one, rtol=1e-4)
 
 
 def test_empirical_equals_the_capture_of_the_loss():
@@ -108,11 +122,11 @@ def test_empirical_equals_the_capture_of_the_loss():
         params, x, _, labels, weights = setup()
         loss = losses.softmax_cross_entropy()
         of_model = curvature.model_value_grad_and_curvature(model, loss, fisher="empirical")
-        _, grads, one = of_model(params, x, labels, weights=weights)
+        _, grads, one = jax.jit(of_model)(params, x, labels, weights=weights)
         of_loss = curvature.value_grad_and_curvature(
             lambda p, x, t, w: loss.value(model(p, x), t, w), loss_terms=jnp.sum(weights)
         )
-        _, grads2, two = of_loss(params, x, labels, weights)
+        _, grads2, two = jax.jit(of_loss)(params, x, labels, weights)
         np.testing.assert_allclose(one.grams("w").g, two.grams("w").g, rtol=1e-13)
         np.testing.assert_allclose(grads["w"], grads2["w"], rtol=1e-13)
 
@@ -125,13 +139,13 @@ def test_tokens_are_loss_terms():
     of_model = curvature.model_value_grad_and_curvature(
         lambda p, x: x @ p["w"], loss, fisher="empirical"
     )
-    curv = of_model(params, x, labels)[2]
+    curv = jax.jit(of_model)(params, x, labels)[2]
     assert curv.terms == 30
     of_loss = curvature.value_grad_and_curvature(
         lambda p, x, t: loss.value(x @ p["w"], t), loss_terms=lambda p, x, t: t.size
     )
     np.testing.assert_allclose(
-        of_loss(params, x, labels)[2].grams("w").g, curv.grams("w").g, rtol=1e-5, atol=1e-7
+        jax.jit(of_loss)(params, x, labels)[2].grams("w").g, curv.grams("w").g, rtol=1e-5, atol=1e-7
     )
 
 
@@ -140,7 +154,7 @@ def test_auxiliary_results_of_the_model():
     step = curvature.model_value_grad_and_curvature(
         lambda p, x: (model(p, x), x[0]), losses.softmax_cross_entropy(), has_aux=True
     )
-    (_, aux), _, _ = step(params, x, labels, rng=jax.random.key(0))
+    (_, aux), _, _ = jax.jit(step)(params, x, labels, rng=jax.random.key(0))
     np.testing.assert_array_equal(aux, x[0])
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from kradagrad_jax import curvature
-from tests.curvature.zoo import draw, square
+from tests.curvature.zoo import draw, quick, square
 from tests.x64 import x64
 
 D = draw(100)
@@ -179,15 +179,16 @@ def test_tied_embedding_gets_one_product():
 
     with x64():
         e = D(5, 4)
-        tied = curvature.value_grad_and_curvature(loss)({"e": e}, ids)[2]
-        two = curvature.value_grad_and_curvature(untied)({"e": e, "o": e}, ids)[2]
+        make = curvature.value_grad_and_curvature
+        tied = quick(make(loss), {"e": e}, ids)[2]
+        two = quick(make(untied), {"e": e, "o": e}, ids)[2]
         layer = tied.spec.layer("e")
         assert layer.kind == "embed" and layer.tied and layer.stack == 1
         gather, logits, found = two.grams("e"), two.grams("o"), tied.grams("e")
         wanted = jnp.sum(gather.a) / 5 * gather.g[0] + jnp.trace(logits.g[0]) / 5 * logits.a[0]
         np.testing.assert_allclose(found.g[0], wanted, rtol=1e-12)
         np.testing.assert_array_equal(found.a, np.ones((1, 5)))
-        raw = curvature.value_grad_and_curvature(loss, reducer="raw")({"e": e}, ids)[2]
+        raw = quick(make(loss, reducer="raw"), {"e": e}, ids)[2]
         np.testing.assert_allclose(raw.grams("e").g, found.g, rtol=1e-12)
         with pytest.raises(ValueError, match="grams"):
             raw.rows("e")
@@ -241,9 +242,9 @@ def test_mapped_over_an_ensemble():
     step = curvature.value_grad_and_curvature(loss)
     members = [{"w": D(4, 4), "b": D(4), "z": D(4, 3)} for _ in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *members)
-    together = jax.vmap(lambda p: step(p, X)[2].grams("w"))(stacked)
+    together = quick(jax.vmap(lambda p: step(p, X)[2].grams("w")), stacked)
     for i, p in enumerate(members):
-        alone = step(p, X)[2].grams("w")
+        alone = quick(lambda p: step(p, X)[2].grams("w"), p)
         np.testing.assert_allclose(together.a[i], alone.a, rtol=1e-5)
         np.testing.assert_allclose(together.g[i], alone.g, rtol=1e-4, atol=1e-6)
 

@@ -24,6 +24,11 @@ def draw(seed):
     return lambda *shape: jnp.asarray(rng.standard_normal(shape))
 
 
+def quick(fn, *args):
+    """``fn(*args)`` compiled as one program and without optimisation: the sizes are tiny."""
+    return jax.jit(fn).lower(*args).compile({"xla_backend_optimization_level": 0})(*args)
+
+
 def square(z):
     """Mean over examples of a per-example loss that is not symmetric in its outputs."""
     return jnp.mean(jnp.sum(jnp.sin(z) * jnp.cos(jnp.arange(z.size // len(z))).reshape(z.shape[1:]),
