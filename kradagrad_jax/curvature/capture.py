@@ -171,8 +171,9 @@ class Run:
             note = f"loss terms: {self.ready.examples} (the batch; loss_terms= for token losses)"
             spec = dataclasses.replace(spec, terms=note)
         fresh = jnp.asarray(self.update_stats, bool)
+        terms = jnp.where(fresh, terms, 0)  # what was not taken does not count in a sum
         name = "custom" if self.reducer.custom else self.reducer.name
-        return Curvature(held, jnp.asarray(terms), fresh, spec, name)
+        return Curvature(held, terms, fresh, spec, name)
 
 
 def _terms(loss_terms: Any, ready: Prepared, params: Any, args: Sequence[Any]) -> jax.Array:

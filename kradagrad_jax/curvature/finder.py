@@ -10,6 +10,7 @@ from kradagrad_jax.curvature import pointwise, products
 from kradagrad_jax.curvature import views as view_rules
 from kradagrad_jax.curvature.batch import BatchAxes
 from kradagrad_jax.curvature.internals import REMAT, Block, Graph, Node
+from kradagrad_jax.curvature.pairing import is_bias
 from kradagrad_jax.curvature.uses import Rejected, Use
 from kradagrad_jax.curvature.views import Concat, View
 
@@ -150,7 +151,7 @@ class Finder:
             return
         use = self.found.uses[known[0][0]]
         shape = self.graph.shapes[self._output(use)]
-        if use.kind != "embed" and _is_bias(view, use, known[1], shape):
+        if use.kind != "embed" and is_bias(view, use, known[1], shape):
             self.found.pairs.append((number, known[0], [view]))
 
     def _paired_concat(self, node: Node, at: int, view: View | Concat) -> bool:
@@ -300,39 +301,3 @@ def _needed(block: Block) -> set[int]:
             nodes.add(node.index)
             wanted.update(v for v in node.inputs if isinstance(v, int))
     return nodes
-
-
-def _indices(dims: view_rules.Dims) -> np.ndarray:
-    """Flat index of every element of a view."""
-    out = np.zeros((), np.int64)
-    for dim in dims:
-        axis = np.zeros((), np.int64)
-        for n, stride in dim:
-            axis = axis[..., None] + np.arange(n) * stride
-        out = out[..., None] + axis.reshape(-1)
-    return out
-
-
-def _is_bias(bias: View, use: Use, image: View, shape: tuple[int, ...]) -> bool:
-    """Whether the elements of ``bias`` lie on the outputs of ``use``, in order and completely."""
-    if len(bias.dims) != len(image.dims) or bias.loops != use.view.loops:
-        return False
-    features = [i for i, dim in enumerate(bias.dims) if dim]
-    if any(s == 0 for i in features for _, s in bias.dims[i]):
-        features = [i for i in features if any(s for _, s in bias.dims[i])]
-        if any(s == 0 for i in features for _, s in bias.dims[i]):
-            return False
-    sizes = [int(np.prod([n for n, _ in image.dims[i]])) for i in features]
-    wanted = int(np.prod([shape[d] for d in use.out_dims]))
-    if int(np.prod(sizes)) != wanted:
-        return False
-    at_bias = _indices(tuple(bias.dims[i] for i in features)).reshape(-1)
-    place = np.unravel_index(_indices(tuple(image.dims[i] for i in features)).reshape(-1), shape)
-    if any(np.any(place[d]) for d in range(len(shape)) if d not in use.out_dims):
-        return False
-    canonical = np.zeros(wanted, np.int64)
-    for d in use.out_dims:
-        canonical = canonical * shape[d] + place[d]
-    return bool(np.array_equal(np.sort(canonical), np.arange(wanted))) and bool(
-        np.array_equal(at_bias, canonical)
-    )

@@ -15,7 +15,7 @@ Dims = tuple[tuple[Atom, ...], ...]
 
 SAME = (
     "convert_element_type", "copy", "copy_p", "reduce_precision", "sharding_constraint",
-    "device_put", "reshard", "mesh_cast", "pvary", "pcast",
+    "device_put", "reshard", "name", "mesh_cast", "pvary", "pcast",
 )  # fmt: skip
 
 

@@ -1,13 +1,14 @@
 """Reducers, gates, scaling, precision, micro-batches."""
 
 import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kradagrad_jax import curvature
 from tests.curvature import zoo
-from tests.curvature.zoo import draw, quick
+from tests.curvature.zoo import draw, quick, square
 from tests.x64 import x64
 
 
@@ -231,3 +232,31 @@ def test_expand_is_exact_for_a_linear_net_with_summed_positions():
         jacobian = quick(jax.jacobian(lambda w: model({**params, "w": w}, x)), params["w"])
         flat = jacobian.reshape(-1, 9)
         assert_equal(jnp.kron(grams.a[0], grams.g[0]), flat.T @ flat / 4)
+
+
+def test_dropout_key_is_an_argument_like_any_other():
+    d = draw(43)
+    params, x = {"w": d(4, 6), "v": d(6, 3)}, d(8, 4)
+
+    def loss(p, x, key):
+        h = jnp.tanh(x @ p["w"])
+        kept = jax.random.bernoulli(key, 0.7, h.shape)
+        h = jax.ad_checkpoint.checkpoint_name(jnp.where(kept, h / 0.7, 0), "hidden")
+        return square(h @ jax.ad_checkpoint.checkpoint_name(p["v"], "weight"))
+
+    key = jax.random.key(0)
+    value, grads, curv = quick(curvature.value_grad_and_curvature(loss), params, x, key)
+    value0, grads0 = quick(jax.value_and_grad(loss), params, x, key)
+    assert all(leaf.status == "full" for leaf in curv.spec.leaves), str(curv.spec)
+    np.testing.assert_allclose(value, value0, rtol=1e-6)
+    assert_equal(grads, grads0, rtol=1e-5)
+
+
+def test_statistics_that_were_not_taken_do_not_dilute_a_sum():
+    loss, params, batch = zoo.mlp()
+    step = jax.jit(curvature.value_grad_and_curvature(loss))
+    on = step(params, *batch, update_stats=jnp.asarray(True))[2]
+    off = step(params, *batch, update_stats=jnp.asarray(False))[2]
+    both = on + off
+    assert both.fresh
+    assert_equal(both.grams("w1"), on.grams("w1"), rtol=1e-6)
