@@ -256,3 +256,17 @@ def test_python_constants_stay_constants():
 
     _, _, curv = curvature.value_grad_and_curvature(loss)({"z": V}, X, True, "net")
     assert "z" in curv
+
+
+def test_shard_map_inside_the_loss_is_opaque():
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    product = jax.shard_map(
+        lambda w, x: x @ w, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec("d")
+    )
+    loss = with_head(lambda p, x: product(p["w"], x))
+    params = {"w": W, "z": V}
+    found = spec_of(loss, params, X)
+    assert found.leaf("w").status == "none" and "shard_map" in found.leaf("w").reasons[0]
+    _, grads, _ = jax.jit(curvature.value_grad_and_curvature(loss))(params, X)
+    np.testing.assert_allclose(grads["w"], jax.jit(jax.grad(loss))(params, X)["w"], rtol=1e-5)
