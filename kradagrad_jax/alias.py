@@ -7,6 +7,7 @@ from typing import Any
 import optax
 
 from kradagrad_jax.engine.layers import LayerTransformation
+from kradagrad_jax.transforms.ginger import scale_by_ginger
 from kradagrad_jax.transforms.kfac import scale_by_kfac
 from kradagrad_jax.transforms.kradagrad import scale_by_kradagrad, scale_by_kradagrad_star
 from kradagrad_jax.transforms.lowrank import (
@@ -18,6 +19,9 @@ from kradagrad_jax.transforms.lowrank import (
     scale_by_sre_kfac,
 )
 from kradagrad_jax.transforms.shampoo import scale_by_shampoo
+from kradagrad_jax.transforms.singd import scale_by_ikfac, scale_by_ingd, scale_by_singd
+from kradagrad_jax.transforms.sirfshampoo import scale_by_sirfshampoo
+from kradagrad_jax.transforms.tnt import scale_by_tnt
 
 Mask = Any | Callable[[optax.Params], Any] | None
 
@@ -148,6 +152,17 @@ _LAYERS = """      >>> import jax, jax.numpy as jnp, optax
       >>> updates, state = tx.update(grads, state, params, curvature=curv)
       >>> params = optax.apply_updates(params, updates)
 """
+_SAMPLES = """      >>> import jax, jax.numpy as jnp, optax
+      >>> import kradagrad_jax as kj
+      >>> from kradagrad_jax.curvature import losses, sampled_gradients
+      >>> params, x, labels = {{"w": jnp.ones((4, 3))}}, jnp.ones((8, 4)), jnp.zeros(8, int)
+      >>> step = sampled_gradients(lambda p, x: x @ p["w"], losses.softmax_cross_entropy())
+      >>> tx = kj.{name}(1e-3)
+      >>> state = tx.init(params)
+      >>> (value, aux), grads, samples = step(params, x, labels, rng=jax.random.key(0))
+      >>> updates, state = tx.update(grads, state, params, curvature=samples)
+      >>> params = optax.apply_updates(params, updates)
+"""
 
 shampoo = _alias(
     scale_by_shampoo,
@@ -198,4 +213,38 @@ brc_kfac = _alias(
     scale_by_brc_kfac,
     "B-R-KFAC-C: B-KFAC with randomised SVDs and light corrections.",
     _LAYERS,
+)
+ikfac = _alias(
+    scale_by_ikfac,
+    "IKFAC (arXiv 2312.05705): K-FAC's damped inverses followed by matrix products alone.",
+    _LAYERS,
+    coupled=True,
+)
+ingd = _alias(
+    scale_by_ingd,
+    "INGD (arXiv 2302.09738): inverse-free natural gradient with Riemannian momentum.",
+    _LAYERS,
+    coupled=True,
+)
+singd = _alias(
+    scale_by_singd,
+    "SINGD (arXiv 2312.05705): INGD with structured factors.",
+    _LAYERS,
+    coupled=True,
+)
+sirfshampoo = _alias(
+    scale_by_sirfshampoo,
+    "SIRFShampoo (arXiv 2402.03496): Shampoo without root and inverse, structured factors.",
+    _BLOCKS.replace("1e-2, ", "1e-2, batch_size=4, "),
+    coupled=True,
+)
+tnt = _alias(
+    scale_by_tnt,
+    "TNT (arXiv 2106.02925): damped inverse of a Kronecker-factored Fisher matrix, sampled.",
+    _SAMPLES,
+)
+ginger = _alias(
+    scale_by_ginger,
+    "Ginger (arXiv 2402.03295): inverse of a low-rank Gauss-Newton matrix at linear cost.",
+    _SAMPLES,
 )

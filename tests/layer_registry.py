@@ -49,11 +49,15 @@ ENTRIES = [
     _entry("br_kfac", "br_kfac", 0.1, **_SKETCH),
     _entry("bc_kfac", "bc_kfac", 0.1, **_SKETCH),
     _entry("brc_kfac", "brc_kfac", 0.1, **_SKETCH),
+    _entry("ikfac", "ikfac", 3e-2, MATMUL_ONLY),
+    _entry("ingd", "ingd", 3e-2, MATMUL_ONLY),
+    _entry("singd", "singd", 3e-2, MATMUL_ONLY, structures="hierarchical:2,2", refresh_every=2),
+    _entry("singd-bf16", "singd", 3e-2, MATMUL_ONLY, factor_dtype=jnp.bfloat16),
 ]
 
 
 # For tests of wrappers, whose programs are long: one entry per family.
-FAMILIES = ("kfac", "br_kfac")
+FAMILIES = ("kfac", "br_kfac", "singd")
 
 
 def each(*claims: str, names: tuple[str, ...] = ()):

@@ -101,6 +101,9 @@ ENTRIES = [
     _entry("kradagrad-paper", "kradagrad", 0.3, preset="paper"),
     _entry("kradagrad-official", "kradagrad", 0.3, preset="official"),
     _entry("kradagrad-factored", "kradagrad", 3e-2, form="factored", **BLOCKS),
+    _entry("sirfshampoo", "sirfshampoo", 3e-2, (MATMUL_ONLY,), batch_size=8),
+    _entry("tnt-empirical", "tnt", 0.5, fisher="empirical", damping=1.0),
+    _entry("ginger-empirical", "ginger", 3e-2, fisher="empirical"),
     _entry("kradagrad-newton", "kradagrad", 3e-2, (MATMUL_ONLY,), root="newton", graft="none"),
 ]
 

@@ -14,6 +14,9 @@ from kradagrad_jax.curvature.flax_nnx import (
 )
 from kradagrad_jax.curvature.layout import Layer as Layer
 from kradagrad_jax.curvature.reducers import Reducer as Reducer
+from kradagrad_jax.curvature.samples import Samples as Samples
+from kradagrad_jax.curvature.samples import curvature_vectors as curvature_vectors
+from kradagrad_jax.curvature.samples import sampled_gradients as sampled_gradients
 from kradagrad_jax.curvature.spec import CaptureSpec as CaptureSpec
 from kradagrad_jax.curvature.spec import LeafSpec as LeafSpec
 from kradagrad_jax.curvature.train_state import train_state_class as train_state_class

@@ -157,3 +157,19 @@ register("b_kfac", "kradagrad_jax:b_kfac", "B-KFAC: low-rank factors updated onl
 register("br_kfac", "kradagrad_jax:br_kfac", "B-R-KFAC: with randomised SVDs", _ROWS)
 register("bc_kfac", "kradagrad_jax:bc_kfac", "B-KFAC-C: with light corrections", _ROWS)
 register("brc_kfac", "kradagrad_jax:brc_kfac", "B-R-KFAC-C: with both", _ROWS)
+_EMPIRICAL = Capture("layers", fisher="empirical", reducer="raw")
+register("ikfac", "kradagrad_jax:ikfac", "IKFAC: K-FAC's inverses by matrix products", _EMPIRICAL)
+register("ingd", "kradagrad_jax:ingd", "INGD: inverse-free natural gradient", _EMPIRICAL)
+register("singd", "kradagrad_jax:singd", "SINGD: INGD with structured factors", _EMPIRICAL)
+register(
+    "sirfshampoo", "kradagrad_jax:sirfshampoo", "SIRFShampoo: no root, no inverse", batch_size=100
+)
+_SAMPLES = Capture("samples")
+register(
+    "tnt", "kradagrad_jax:tnt", "TNT: Kronecker-factored Fisher of sampled gradients", _SAMPLES
+)
+register(
+    "tnt_ef", "kradagrad_jax:tnt", "TNT-EF: the same of gradients alone",
+    fisher="empirical", damping=1.0,
+)  # fmt: skip
+register("ginger", "kradagrad_jax:ginger", "Ginger: low-rank Gauss-Newton at linear cost", _SAMPLES)

