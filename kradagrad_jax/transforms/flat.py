@@ -42,13 +42,18 @@ def flatten(tree: Any, dtype: Any = None) -> dict[str, Any]:
 
 
 def unflatten(vector: jax.Array, like: Any, keep_dtype: bool = False) -> Any:
-    """The tree ``like`` with the entries of the vector."""
+    """The tree ``like`` with the entries of the vector.
+
+    With ``keep_dtype`` the vector's dtype stays and empty leaves are masked, as state has them.
+    """
     leaves, treedef = trees.flatten(like)
     own = _positions(like)
     ends = list(itertools.accumulate(math.prod(leaves[i].shape) for i in own))
     for i, part in zip(own, jnp.split(vector, ends[:-1]), strict=True):
         part = part if keep_dtype else part.astype(leaves[i].dtype)
         leaves[i] = trees.place_like(part.reshape(leaves[i].shape), leaves[i])
+    if keep_dtype:  # state: no zero-size arrays
+        leaves = [x if i in own else optax.MaskedNode() for i, x in enumerate(leaves)]
     return treedef.unflatten(leaves)
 
 
@@ -65,7 +70,7 @@ def as_one_vector(
     def init(params: Any) -> Any:
         if not _positions(params):
             return run.init(params)
-        plan_of(params, WHOLE)  # refuses dtypes, naming the parameter
+        plan_of(params, WHOLE)  # refuses dtypes by name
         state = run.init(flatten(params))
         if state.mu is None:
             return state
@@ -74,7 +79,9 @@ def as_one_vector(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if not _positions(updates):
             return run.update(updates, state, params, **extra)
+        plan_of(updates, WHOLE)
         if state.mu is not None:
+            _check(updates, state.mu)
             dtype = jax.tree.leaves(state.mu)[0].dtype
             state = state._replace(mu=flatten(state.mu, dtype))
         if isinstance(extra.get("curvature"), Samples):
@@ -86,6 +93,25 @@ def as_one_vector(
         return unflatten(out[ALL], updates), new
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check(updates: Any, mu: Any) -> None:
+    """Raises ValueError where the state is that of other parameters."""
+    leaves, averages = trees.flatten(updates)[0], trees.flatten(mu)[0]
+    shapes = [x.shape for x in averages if not trees.is_masked(x)]
+    paths = trees.paths_of(updates)
+    own = _positions(updates)
+    for i, shape in itertools.zip_longest(own, shapes[: len(own)]):
+        if shape != leaves[i].shape:
+            raise ValueError(
+                f"the optimizer state was initialised with other parameters than '{paths[i]}' of "
+                f"shape {leaves[i].shape}; call init again with these parameters"
+            )
+    if len(shapes) > len(own):
+        raise ValueError(
+            f"the optimizer state was initialised for {len(shapes)} parameters, the gradients have "
+            f"{len(own)} ('{paths[own[0]]}', ..); call init again with these parameters"
+        )
 
 
 def _joined(samples: Samples, like: Any) -> Samples:

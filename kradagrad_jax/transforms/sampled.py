@@ -126,23 +126,36 @@ def heavy_ball(
     def update(
         updates: optax.Updates, state: optax.OptState, params: Any = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        out, new = inner.update(updates, state, params, **extra)
+        # half precision is rounded once, after the scaling; a user's fallback gets what it expects
+        wide = _widened(updates) if fallback == "identity" else updates
+        out, new = inner.update(wide, state, params, **extra)
         counts = cast(BlockState, new)
         accepted = jnp.maximum(counts.count - counts.skipped, 1)
         leaves, treedef = trees.flatten(out)
-        flags = trees.flatten(covered(updates))[0]
+        flags, given = trees.flatten(covered(updates))[0], trees.flatten(updates)[0]
         for i, (x, flag) in enumerate(zip(leaves, flags, strict=True)):
             if not trees.is_masked(x) and (fallback == "identity" or flag):
-                leaves[i] = _summed(x, momentum, accepted)
+                leaves[i] = _summed(x, momentum, accepted).astype(given[i].dtype)
         return treedef.unflatten(leaves), new
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+def _widened(tree: Any) -> Any:
+    """The tree with half-precision leaves in float32."""
+
+    def wide(x: Any) -> Any:
+        if trees.is_masked(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return x.astype(factor_dtype_of(x.dtype))
+
+    return jax.tree.map(wide, tree, is_leaf=trees.is_masked)
+
+
 def _summed(x: jax.Array, momentum: Any, accepted: jax.Array) -> jax.Array:
     wide = factor_dtype_of(x.dtype)
     b = jnp.asarray(momentum).astype(wide)
-    return (x.astype(wide) * ((1 - b ** accepted.astype(wide)) / (1 - b))).astype(x.dtype)
+    return x.astype(wide) * ((1 - b ** accepted.astype(wide)) / (1 - b))
 
 
 def _reshaped(x: Any, shape: tuple[int, ...]) -> Any:

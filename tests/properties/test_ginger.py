@@ -427,3 +427,21 @@ def test_errors_of_an_update_say_what_to_do():
         wrong = Samples.from_gradients(grads | {"w": grads["w"].T})
         with pytest.raises(ValueError, match="samples of parameter 'w' have shape"):
             tx.update(grads, state, curvature=wrong)
+
+
+def test_the_whole_model_with_empty_and_mixed_leaves():
+    """Empty leaves take no part and leave nothing behind in the state; dtypes are kept."""
+    grads = {"w": jnp.ones((4, 3), jnp.float32), "e": jnp.zeros((0, 3)), "s": jnp.ones(())}
+    tx = scale_by_ginger(partition="model", fisher="empirical", **FREE)
+    state = tx.init(grads)
+    updates, new = jax.jit(tx.update)(grads, state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), updates) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), grads
+    )
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    assert all(x.size for x in jax.tree.leaves(new))
+    for other in ({"w": grads["w"].T, "s": grads["s"]}, {"w": grads["w"]}):
+        with pytest.raises(ValueError, match="'w'"):
+            tx.update(other, state)
+    with pytest.raises(ValueError, match="'w' is complex64"):
+        tx.update({"w": grads["w"].astype(jnp.complex64)}, state)
