@@ -165,9 +165,7 @@ register(
     "sirfshampoo", "kradagrad_jax:sirfshampoo", "SIRFShampoo: no root, no inverse", batch_size=100
 )
 _SAMPLES = Capture("samples")
-register(
-    "tnt", "kradagrad_jax:tnt", "TNT: Kronecker-factored Fisher of sampled gradients", _SAMPLES
-)
+register("tnt", "kradagrad_jax:tnt", "TNT: Fisher factors from sampled gradients", _SAMPLES)
 register(
     "tnt_ef", "kradagrad_jax:tnt", "TNT-EF: the same of gradients alone",
     fisher="empirical", damping=1.0,
