@@ -113,7 +113,7 @@ _DOC = """
       learning_rate: a float, a scalar array or an optax schedule. With Adam grafting (the
         recommended preset where there is one) the learning rates of AdamW are the right ones to
         start from.
-      *args, **options: every argument of :func:`{scale_by}`.
+      **options: every argument of :func:`{scale_by}`.
       momentum: heavy-ball momentum AFTER preconditioning, as in the papers; None: none. Default:
         {momentum}.
       nesterov: Nesterov's form of ``momentum``.

@@ -201,7 +201,9 @@ scale_by_sre_kfac = _like_rs_kfac(
     """RS-KFAC with a symmetric randomised eigendecomposition: cheaper, and less accurate.
 
     Args:
-      spec, preset, **options: as in :func:`scale_by_rs_kfac`. ``Sketch.power`` counts products.
+      spec: what :func:`kradagrad_jax.curvature.inspect` says of the model.
+      preset: as in :func:`scale_by_rs_kfac`.
+      **options: as in :func:`scale_by_rs_kfac`. ``Sketch.power`` counts products.
 
     Returns:
       As :func:`scale_by_rs_kfac`.
@@ -224,8 +226,10 @@ _ONLINE_DOC = """{summary}
     costs O(d (rank + batch_size)^2) for size d.
 
     Args:
-      spec, preset, **options: as in :func:`scale_by_rs_kfac`. ``preset="official"``: the thesis
-        code (statistics every 20, decompositions every 100 steps, ``start="counted"``).
+      spec: what :func:`kradagrad_jax.curvature.inspect` says of the model.
+      preset: ``"recommended"``, or ``"official"``: the thesis code (statistics every 20,
+        decompositions every 100 steps, ``start="counted"``).
+      **options: as in :func:`scale_by_rs_kfac`.
       online: batch size and periods, see :class:`Online`.
 
     Returns:
