@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kradagrad_jax.curvature.losses import Loss, wide_dtype
+from kradagrad_jax.curvature.loss import Loss, wide_dtype
 from kradagrad_jax.engine import trees
 
 KINDS = ("sampled", "rademacher", "per_example", "exact")
