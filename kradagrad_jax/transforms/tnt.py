@@ -151,8 +151,7 @@ def scale_by_tnt(
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
-      >>> from kradagrad_jax.curvature import losses
-      >>> from kradagrad_jax.curvature.samples import sampled_gradients
+      >>> from kradagrad_jax.curvature import losses, sampled_gradients
       >>> from kradagrad_jax.transforms.tnt import scale_by_tnt
       >>> params, x, labels = {"w": jnp.ones((4, 3))}, jnp.ones((8, 4)), jnp.zeros(8, int)
       >>> step = sampled_gradients(lambda p, x: x @ p["w"], losses.softmax_cross_entropy())
