@@ -24,7 +24,7 @@ quadratic: $(STAMPS)/experiments ## the synthetic problem of the KrADagrad paper
 	@$(BIN)/kradagrad-jax compare configs/quadratic.toml --overwrite
 
 test: lint data ## lint, types and every test
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --typecheck
 
 test-fast: $(STAMPS)/dev ## every test that is not marked slow
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"

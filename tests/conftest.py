@@ -15,7 +15,11 @@ if str(ROOT) not in sys.path:  # `tests.*` and a checkout that is not installed
 CHECKED = [
     *(f"kradagrad_jax.linalg.{name}" for name in ("arrays", "lapack", "newton", "products")),
     "kradagrad_jax.linalg.tracking",
-    "kradagrad_jax.factors",
+    *(f"kradagrad_jax.factors.{name}" for name in ("gram", "krad", "kradagrad", "kron", "roots")),
+    *(
+        f"kradagrad_jax.factors.{name}"
+        for name in ("kfac", "lowrank", "singd", "sirfshampoo", "tnt")
+    ),
     *(f"kradagrad_jax.engine.{name}" for name in ("buckets", "grafting", "layers", "report")),
     *(f"kradagrad_jax.engine.{name}" for name in ("stacks", "step", "timing", "trees")),
 ]

@@ -62,7 +62,7 @@ class Patches:
 
     def means(self, x: jax.Array) -> jax.Array:
         """Mean over the positions of each example ``(S, N, 1, d_in)``, without building patches."""
-        n, wide = self.examples, jnp.promote_types(x.dtype, jnp.float32)
+        n, wide = self.examples, wider(x.dtype)
         each = [jnp.mean(s.reshape(n, -1, s.shape[-1]).astype(wide), 1) for s in self._slices(x)]
         rows = jnp.stack(each, axis=1).reshape(n, 1, len(each), self.groups, -1)
         return jnp.moveaxis(rows, 3, 0).reshape(self.groups, n, 1, -1)

@@ -14,6 +14,7 @@ of the loss terms, so that parts of different micro-batches add up. The keys:
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,15 @@ Part = dict[str, jax.Array]
 INPUT_SIDE = ("A", "Adiag", "abar", "P", "a", "ids", "mask")
 
 
+def wider(*dtypes: Any) -> Any:
+    """The widest floating dtype, float32 at least (whatever jax's promotion rules are)."""
+    floating = [jnp.dtype(d) for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+    return max([*floating, jnp.dtype(jnp.float32)], key=lambda d: jnp.finfo(d).bits)
+
+
 def wide(x: jax.Array) -> jax.Array:
     """``x`` in float32 or better."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wider(x.dtype))
 
 
 def gram(x: jax.Array) -> jax.Array:

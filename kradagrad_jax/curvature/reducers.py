@@ -10,7 +10,7 @@ from jax import lax
 
 from kradagrad_jax.curvature.conv import Patches
 from kradagrad_jax.curvature.layout import Layer
-from kradagrad_jax.curvature.parts import Part, row_counts, wide
+from kradagrad_jax.curvature.parts import Part, row_counts, wide, wider
 from kradagrad_jax.curvature.plan import Tap
 from kradagrad_jax.curvature.uses import RowIds, canonical_scale
 
@@ -114,7 +114,7 @@ def _ids(tap: Tap) -> bool:
 
 def contract(x: jax.Array, y: jax.Array) -> jax.Array:
     """``x^T y`` of ``(S, ..., d)`` and ``(S, ..., e)``, accumulated in float32 or better."""
-    dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
+    dtype = wider(x.dtype, y.dtype)
     if x.dtype != y.dtype:
         x, y = x.astype(dtype), y.astype(dtype)
     precision = lax.Precision.HIGHEST

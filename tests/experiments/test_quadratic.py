@@ -30,7 +30,9 @@ def losses(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize(("variant", "reference"), list(zip(VARIANTS, (0.00393, 0.0864), strict=True)))
+@pytest.mark.parametrize(
+    ("variant", "reference"), list(zip(VARIANTS, (0.00393, 0.0864), strict=True))
+)
 def test_float64_shampoo_is_the_reference(losses, variant, reference):
     assert losses[variant, "shampoo_gram", "float64"] == pytest.approx(reference, rel=0.02)
 

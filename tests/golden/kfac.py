@@ -198,6 +198,7 @@ def _relative_damping(raw: dict[str, Any]) -> dict[str, float]:
         "damping": c["damping"],
         "damping_rule": "relative",
         "rms_clip": c["kl_clip"],
+        "graft": "none",
         "refresh_every": c["T_inv"],
         "statistics_every": c["T_updt"],
         "fallback": "identity",
