@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kradagrad_jax.curvature.parts import wider
+
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
