@@ -132,6 +132,10 @@ def _capture(name: str, entry: Optimizer, changes: dict[str, Any], every: Any) -
 
 register("sgd", "optax:sgd", "SGD with heavy-ball momentum 0.9", momentum=0.9)
 register("adamw", "optax:adamw", "Adam with decoupled weight decay")
+register(
+    "sign_momentum", "optax:lion", "Sign of an average of gradients", b1=0.9, b2=0.9,
+    weight_decay=0.0,
+)  # fmt: skip
 register("muon", "optax.contrib:muon", "Muon on matrices, AdamW on the rest")
 register("shampoo", "kradagrad_jax:shampoo", "Shampoo, Gram statistics, roots by eigh")
 register(
