@@ -45,11 +45,20 @@ _OFFICIAL: dict[str, Any] = {
     "factor_dtype": None,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "recommended": _OFFICIAL | {"lr_cov": 0.3, "normalize_lr_cov": "frobenius", "graft": "adam"},
+    "recommended": _OFFICIAL
+    | {
+        "damping": 3e-5,
+        "lr_cov": 0.8,
+        "riemannian_momentum": 0.0,
+        "normalize_lr_cov": "frobenius",
+        "graft": "adam",
+        "refresh_every": 1,
+    },
     "official": _OFFICIAL,
     "paper": _OFFICIAL,
 }
 INGD_PRESETS = PRESETS | {"paper": _OFFICIAL | {"lr_cov": ingd_warm_up}}
+IKFAC_PRESETS = PRESETS | {"recommended": PRESETS["recommended"] | {"damping": 1e-3}}
 
 
 def scale_by_singd(
@@ -88,10 +97,11 @@ def scale_by_singd(
 
     Args:
       spec: what :func:`kradagrad_jax.curvature.inspect` says of the model.
-      preset: ``"recommended"``: the length of Adam's step, factor steps bounded by
-        ``normalize_lr_cov="frobenius"``; ``"official"`` (f-dangel/singd): neither; ``"paper"``: the
-        same, the papers' tuned values not being published as such (for :func:`scale_by_ingd`: with
-        the warm-up of the authors' code). Given arguments override the preset.
+      preset: ``"recommended"``: the length of Adam's step, a large factor step at every step,
+        bounded by ``normalize_lr_cov="frobenius"``, no momentum; ``"official"`` (f-dangel/singd):
+        small steps without a bound; ``"paper"``: the same, the papers' tuned values not being
+        published as such (for :func:`scale_by_ingd`: with the warm-up of the authors' code). Given
+        arguments override the preset.
       structures: of K and C: one name for both or a pair, see
         :func:`kradagrad_jax.linalg.structures.structure`. K acts on the inputs (the bias last),
         C on the outputs. Default: dense.
@@ -99,10 +109,11 @@ def scale_by_singd(
         path of the weight) or a predicate of the :class:`~kradagrad_jax.curvature.Layer`, and
         structures, or None for the fallback. The first that matches wins.
       damping: lambda: a number or a schedule. 0 lets factors grow where there is no curvature; a
-        large value is plain gradient descent, scaled. Default 1e-3.
-      lr_cov: beta_1, the factor step: a number or a schedule of the step (from 0). Default 0.3
-        (normalised); official 1e-2.
-      riemannian_momentum: alpha_1. A plain 0: no memory for it. Default 0.5.
+        large value is plain gradient descent, scaled. Recommended: 3e-5 (:func:`scale_by_ikfac`:
+        1e-3), official 1e-3.
+      lr_cov: beta_1, the factor step: a number or a schedule of the step (from 0).
+        Recommended: 0.8 (normalised), official 1e-2.
+      riemannian_momentum: alpha_1. A plain 0: no memory for it. Recommended: 0, official 0.5.
       normalize_lr_cov: divide the factor step by ``max(1, size of m)``: ``"max_entry"`` (official
         option; no guarantee), ``"frobenius"`` (with lr_cov < 1 factors stay invertible whatever the
         scale of the inputs), or ``"none"``.
@@ -115,7 +126,7 @@ def scale_by_singd(
         code does. None: where a structure depends on their order.
       graft: step length per layer from another method, see :class:`Graft`; ``"none"``: its own.
       refresh_every: T, steps between factor updates, the first step included; statistics given at
-        other steps are ignored. Default 10.
+        other steps are ignored. Recommended: 1 (short runs do not gain with 10), official 10.
       timing: start and ramp, see :class:`Timing`.
       fallback: for leaves that are no layer (and embeddings): a graft kind (default ``"adam"``),
         ``"identity"``, or a GradientTransformation with positive sign.
@@ -124,7 +135,7 @@ def scale_by_singd(
 
     Returns:
       A GradientTransformationExtraArgs whose state is a :class:`BlockState` with a ``SingdFactor``
-      per layer shape: twice the numbers of its structures (once without momentum).
+      per layer shape: the numbers of its structures, twice that with momentum.
 
     Raises:
       ValueError: unknown preset, structure or choice; a model without layers; parameters that do
@@ -164,7 +175,7 @@ def scale_by_ingd(
         :func:`scale_by_singd`.
 
     Returns:
-      As :func:`scale_by_singd`; ``2 (d_in^2 + d_out^2)`` numbers per layer.
+      As :func:`scale_by_singd`; ``d_in^2 + d_out^2`` numbers per layer, twice with momentum.
 
     Raises:
       ValueError: as :func:`scale_by_singd`.
@@ -217,7 +228,7 @@ def scale_by_ikfac(
       Lin et al., `SINGD <https://arxiv.org/abs/2312.05705>`_, 2024.
     """
     given = {k: v for k, v in locals().items() if k not in ("preset", "spec")}
-    chosen = choose(preset, PRESETS, given) | {"riemannian_momentum": 0.0}
+    chosen = choose(preset, IKFAC_PRESETS, given) | {"riemannian_momentum": 0.0}
     return _build(spec, chosen, adaptive=False)
 
 

@@ -40,7 +40,13 @@ _OFFICIAL: dict[str, Any] = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": _OFFICIAL
-    | {"lr_cov": 0.3, "max_dim": 2048, "refresh_every": 2, "graft": "adam"},
+    | {
+        "lr_cov": 0.6,
+        "damping": 1e-4,
+        "riemannian_momentum": 0.0,
+        "max_dim": 2048,
+        "graft": "adam",
+    },
     "official": _OFFICIAL,
     "paper": _OFFICIAL
     | {
@@ -85,9 +91,9 @@ def scale_by_sirfshampoo(
     Axes of length 1 have no factor. Factors stay invertible for ``lr_cov < 1`` at any scale.
 
     Args:
-      preset: ``"recommended"``: the length of Adam's step, lr_cov 0.3 every second step, diagonal
-        factors for axes above 2048; ``"official"`` (f-dangel/sirfshampoo): lr_cov 1e-2 at every
-        step, dense factors whatever the length; ``"paper"``: near the tuned values of
+      preset: ``"recommended"``: the length of Adam's step, lr_cov 0.6 without momentum, diagonal
+        factors for axes above 2048; ``"official"`` (f-dangel/sirfshampoo): lr_cov 1e-2, dense
+        factors whatever the length; ``"paper"``: near the tuned values of
         arXiv 2402.03496, bfloat16 factors. Given arguments override the preset.
       batch_size: B, number of terms that the loss averages over: a number, or None: it is given as
         ``update(..., batch_size=...)``. A wrong value is a wrong scale of the curvature.
@@ -98,12 +104,12 @@ def scale_by_sirfshampoo(
         the parameter as one vector, as for embeddings with a diagonal factor. The first that
         matches wins.
       max_dim: axes longer than this get a diagonal factor. Recommended: 2048.
-      damping: lambda: a number or a schedule. Default 1e-3.
+      damping: lambda: a number or a schedule. Recommended: 1e-4, official 1e-3.
       lr_cov: beta_2, the factor step, below 1: a number or a schedule of the step (from 0).
-      riemannian_momentum: alpha_2. A plain 0: no memory for it. Default 0.5.
+      riemannian_momentum: alpha_2. A plain 0: no memory for it. Recommended: 0, official 0.5.
       graft: step length per parameter from another method; ``"none"``: its own.
       layout: how parameters are cut into blocks. Default: whole, as they are.
-      refresh_every: T, steps between factor updates, the first step included.
+      refresh_every: T, steps between factor updates, the first step included. Default 1 (paper 2).
       timing: start and ramp, see :class:`Timing`.
       fallback: for parameters without factors (those that ``layout`` leaves out):
         ``"diagonal"`` (the graft's direction), ``"identity"``, a graft kind, or a transformation.
@@ -112,11 +118,20 @@ def scale_by_sirfshampoo(
 
     Returns:
       A GradientTransformationExtraArgs whose state is a :class:`BlockState` with a ``SirfFactor``
-      per shape: ``2 sum d_n^2`` numbers for dense factors (half without momentum).
+      per shape: ``sum d_n^2`` numbers for dense factors (twice that with momentum).
 
     Raises:
       ValueError: unknown preset or structure; a tuple whose length is not the number of axes; no
         batch size.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from kradagrad_jax.transforms.sirfshampoo import scale_by_sirfshampoo
+      >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((8, 4))
+      >>> tx = optax.chain(scale_by_sirfshampoo(batch_size=8), optax.scale(-1e-2))
+      >>> state = tx.init(params)
+      >>> grads = jax.grad(lambda p: jnp.mean((x @ p["w"]) ** 2))(params)
+      >>> updates, state = tx.update(grads, state, params)
 
     References:
       Lin et al., `Can we remove the square root in adaptive gradient methods?

@@ -112,14 +112,15 @@ def test_state_is_smaller_than_that_of_adam():
                 "diagonal": 0.004, "tril_toeplitz": 0.004}  # fmt: skip
     for name, units in expected.items():
         for make, share in ((scale_by_singd, 1.0), (scale_by_ikfac, 0.5)):
-            tx = make(spec, structures=name, graft="none")
+            tx = make(spec, preset="official", structures=name)
             state = jax.eval_shape(tx.init, weight)
             size = sum(x.size for x in jax.tree.leaves(state.factors)) / 1024**2
             assert abs(size - share * units) < 0.005
 
 
 def test_dtypes_of_the_factors():
-    tx = scale_by_singd(SPEC, factor_dtype=(jnp.bfloat16, jnp.float32), refresh_every=1)
+    dtypes = (jnp.bfloat16, jnp.float32)
+    tx = scale_by_singd(SPEC, factor_dtype=dtypes, riemannian_momentum=0.5)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     grads = jax.tree.map(lambda x: x.astype(jnp.bfloat16), GRADS)
     state = tx.init(params)

@@ -1,135 +1,25 @@
 """What the specification of IKFAC, INGD and SINGD says holds, in float64 on one layer."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kradagrad_jax.factors.method import Grams, Rows, Step
-from kradagrad_jax.factors.singd import SingdOptions, singd_method
+from kradagrad_jax.factors.method import Grams, Rows
 from kradagrad_jax.linalg.structures import structure
-from tests.x64 import x64
-
-D_IN, D_OUT = 6, 4
-MIXES = [
-    ("dense", "dense"), ("dense", "diagonal"), ("hierarchical:2,2", "triu_toeplitz"),
-    ("tril_toeplitz", "block_diagonal:3"), ("triu_top_left_diag:2", "tril"),
-]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def double():
-    with x64():
-        yield
-
-
-def options(names=("dense", "dense"), ikfac=False, **others):
-    others = {"damping": 0.1, "lr_cov": 0.1, "riemannian_momentum": 0.0} | others
-    pair = (structure(names[0]), structure(names[1]))
-    return SingdOptions(structures=pair, adaptive=not ikfac, **others)
-
-
-def moment(seed, d, scale=1.0):
-    x = np.random.default_rng(seed).normal(size=(3 * d, d))
-    return scale * x.T @ x / len(x)
-
-
-def grams(steps, varying=False, d_in=D_IN, d_out=D_OUT):
-    """(U, G) of every step, stacked."""
-    seeds = [10 * t * varying for t in range(steps)]
-    a = np.stack([moment(s + 1, d_in) for s in seeds])
-    return Grams(jnp.asarray(a), jnp.asarray(np.stack([moment(s + 2, d_out) for s in seeds])))
-
-
-def at(t):
-    count = jnp.asarray(t, jnp.int32) + 1
-    return Step(count, count, 1, count == 1)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("dtype",))
-def run(o, statistics, start=None, dtype=jnp.float64):
-    """Factors after every step, stacked."""
-    method = singd_method(o)
-    shape = (statistics.a.shape[-1], statistics.g.shape[-1])
-    first = method.init(shape, dtype) if start is None else start
-
-    def step(factor, now):
-        t, s = now
-        factor = method.accumulate(factor, s, at(t))
-        return factor, factor
-
-    return jax.lax.scan(step, first, (jnp.arange(len(statistics.a)), statistics))[1]
-
-
-def dense_of(o, factors, t=-1):
-    """K and C after step t as dense numpy arrays."""
-    pick = [jax.tree.map(lambda x: x[t], x) for x in (factors.k, factors.c)]
-    return [np.asarray(s.to_dense(x)) for s, x in zip(o.structures, pick, strict=True)]
-
-
-def roots(names=("dense", "dense"), steps=1, varying=False, **others):
-    o = options(names, **others)
-    return dense_of(o, run(o, grams(steps, varying)))
-
-
-def norm(x):
-    return float(np.linalg.norm(x))
-
-
-# 1, 2: against K-FAC
-
-
-def test_one_ikfac_step_is_kfac_to_second_order():
-    """The difference is -3 b^2 K m^2 K^T + O(b^3)."""
-    s, u, lam, last = moment(5, D_IN), moment(1, D_IN), 0.1, None
-    k = np.linalg.inv(np.linalg.cholesky(s + lam * np.eye(D_IN))).T
-    m = 0.5 * (k.T @ u @ k + lam * k.T @ k - np.eye(D_IN))
-    for b in (0.1, 0.05, 0.025):
-        o = options(ikfac=True, lr_cov=b)
-        start = singd_method(o).init((D_IN, D_OUT), jnp.float64)._replace(k=jnp.asarray(k))
-        new = dense_of(o, run(o, grams(1), start))[0]
-        exact = np.linalg.inv((1 - b) * s + b * u + lam * np.eye(D_IN))
-        difference = (new @ new.T - exact) / b**2
-        gap = norm(difference + 3 * k @ m @ m @ k.T)
-        assert last is None or 0.35 < gap / last < 0.65
-        last = gap
-
-
-def kfac(b, lam, batches):
-    s = (1 - lam) * np.eye(D_IN)
-    for u in batches:
-        s = (1 - b) * s + b * u
-        yield s
-
-
-def test_ikfac_tracks_kfac():
-    """From K = I, which is S = (1 - lam) I: O(b^2) after ten steps, O(b) over a horizon b t = 2."""
-    fixed, horizon = [], []
-    for b in (0.1, 0.05, 0.025):
-        for steps, errors, power in ((10, fixed, 2), (round(2 / b), horizon, 1)):
-            o = options(ikfac=True, lr_cov=b)
-            batches = grams(steps, varying=True)
-            new = dense_of(o, run(o, batches))[0]
-            *_, s = kfac(b, 0.1, np.asarray(batches.a))
-            exact = np.linalg.inv(s + 0.1 * np.eye(D_IN))
-            errors.append(norm(new @ new.T - exact) / b**power)
-    for errors in (fixed, horizon):
-        assert max(errors) < 2 * min(errors)
-
-
-@pytest.mark.parametrize("b", [0.05, 0.5])
-def test_ikfac_stays_below_kfac(b):
-    """K K^T <= (S + lam I)^-1 at every step."""
-    batches = grams(100, varying=True)
-    o = options(ikfac=True, lr_cov=b)
-    factors = run(o, batches)
-    for t, s in enumerate(kfac(b, 0.1, np.asarray(batches.a))):
-        k = np.asarray(factors.k[t])
-        exact = np.linalg.inv(s + 0.1 * np.eye(D_IN))
-        assert np.linalg.eigvalsh(k @ k.T - exact)[-1] < 1e-12 * norm(exact)
-
+from tests.properties.singd_layer import (
+    D_IN,
+    D_OUT,
+    MIXES,
+    dense_of,
+    grams,
+    moment,
+    norm,
+    options,
+    roots,
+    run,
+    update_of,
+)
 
 # 3: fixed points
 
@@ -197,12 +87,6 @@ def test_scale_of_the_curvature():
         pairs = zip(dense_of(o, run(o, s)), dense_of(o, run(o, moved)), strict=True)
         gaps = [norm(x - y) / norm(x) for x, y in pairs]
         assert max(gaps) > 1e-2 if ikfac else max(gaps) < 1e-14
-
-
-def update_of(names, s, gradient, **others):
-    o = options(names, **others)
-    factor = jax.tree.map(lambda x: x[-1], run(o, s))
-    return np.asarray(singd_method(o).precondition(factor, jnp.asarray(gradient), at(0)))
 
 
 def test_rotations_of_dense_factors():
@@ -288,56 +172,3 @@ def test_rows_are_their_grams(names):
     m = rng.normal(size=(D_IN, D_OUT))
     u, v = update_of(names, rows, m), update_of(names, sums, m)
     assert norm(u - v) < 1e-13 * norm(u)
-
-
-# the scalar model of divergence, and low precision
-
-
-@pytest.mark.parametrize("b", [0.01, 0.1, 0.5])
-def test_where_it_diverges(b):
-    """Stable below a curvature of 1 + 4 / b at the identity, unstable above."""
-    ends = []
-    for x in (0.99 * (1 + 4 / b), 1.01 * (1 + 4 / b)):
-        s = Grams(jnp.full((3000, 1, 1), x), jnp.ones((3000, 1, 1)))
-        o = options(ikfac=True, lr_cov=b, damping=0.0)
-        ends.append(float(run(o, s).k[-1, 0, 0]) ** 2 * x)
-    assert abs(ends[0] - 1) < 1e-6
-    assert not abs(ends[1] - 1) < 1e-6
-
-
-def test_the_frobenius_clamp_bounds_the_factors():
-    """Rank-one curvature 1e4 * ones at d = 64: the entry clamp lets K grow, this one does not."""
-    d = 64
-    s = Grams(jnp.full((300, d, d), 1e4), jnp.ones((300, 1, 1)))
-    for kind in ("frobenius", "max_entry"):
-        o = options(ikfac=True, lr_cov=0.1, damping=0.1, normalize_lr_cov=kind)
-        assert np.all(np.abs(run(o, s).k) < 10) == (kind == "frobenius")
-
-
-@pytest.mark.parametrize(
-    "dtype,b,low,high",
-    [(jnp.float32, 0.1, 0, 1e-5), (jnp.bfloat16, 1.0, 1e-3, 0.1), (jnp.bfloat16, 0.1, 1e-3, 0.1),
-     (jnp.bfloat16, 0.01, 0.1, 1.0)],
-)  # fmt: skip
-def test_precision_of_the_inverse(dtype, b, low, high):
-    """bfloat16 factors freeze early for a small factor step; nothing is ever non-finite."""
-    d, steps = 32, round(20 / b)
-    q = np.linalg.qr(np.random.default_rng(0).normal(size=(d, d)))[0]
-    u = (q * np.logspace(0, -4, d)) @ q.T
-    s = Grams(jnp.broadcast_to(u, (steps, d, d)), jnp.ones((steps, 1, 1)))
-    o = options(ikfac=True, lr_cov=b, damping=1e-2)
-    k = np.asarray(run(o, s, dtype=dtype).k[-1], np.float64)
-    exact = np.linalg.inv(u + 1e-2 * np.eye(d))
-    error = norm(k @ k.T - exact) / norm(exact)
-    assert low <= error < high
-
-
-def test_second_order():
-    """K (I - b m + (b m)^2 / 2) is the exponential up to O(b^3)."""
-    gaps = []
-    for b in (0.1, 0.05):
-        k, _ = roots(ikfac=True, lr_cov=b, second_order=True)
-        m = 0.5 * (moment(1, D_IN) - 0.9 * np.eye(D_IN))
-        w, v = np.linalg.eigh(m)
-        gaps.append(norm(k - (v * np.exp(-b * w)) @ v.T))
-    assert 6.5 < gaps[0] / gaps[1] < 9.5
