@@ -25,6 +25,28 @@ CHECKED = [
 ]
 
 
+MEMORY = 2.5e9  # bytes of one process beyond which jax's caches of compiled programs are dropped
+PAUSE = 100  # tests between two such purges
+_tests_since = [0]
+
+
+def pytest_runtest_teardown(nextitem):
+    """Thousands of compiled programs would fill the memory of a small machine."""
+    statm = Path("/proc/self/statm")
+    _tests_since[0] += 1
+    if nextitem is None or _tests_since[0] < PAUSE or not statm.exists():
+        return
+    resident = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident > MEMORY:
+        import gc
+
+        import jax
+
+        _tests_since[0] = 0
+        jax.clear_caches()
+        gc.collect()
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--golden-dir",

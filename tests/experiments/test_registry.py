@@ -1,5 +1,7 @@
 """Optimizers and tasks by name."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 import kradagrad_jax as kj
+from kradagrad_jax.curvature import CaptureSpec, Layer
 from kradagrad_jax.experiments import optimizers, tasks
 from kradagrad_jax.experiments.names import UsageError, lookup
 
@@ -15,13 +18,17 @@ PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
 
 @pytest.mark.parametrize("name", sorted(optimizers.OPTIMIZERS))
 def test_every_entry_takes_a_traced_learning_rate(name):
-    make = optimizers.resolve(name, {})
+    recipe = optimizers.resolve(name, {})
+    spec = CaptureSpec.from_layers([Layer.dense("w", (4, 3), bias="b")])
+    if name in ("b_kfac", "br_kfac", "bc_kfac", "brc_kfac"):
+        spec = dataclasses.replace(spec, examples=8)
+    extra = {} if recipe.capture is None else {"curvature": None}
 
     @jax.jit
     def update(rate):
-        tx = make(rate)
+        tx = optax.with_extra_args_support(recipe(rate, spec))
         grads = jax.tree.map(lambda p: p + 1.0, PARAMS)
-        return tx.update(grads, tx.init(PARAMS), PARAMS)[0]
+        return tx.update(grads, tx.init(PARAMS), PARAMS, **extra)[0]
 
     small, large = update(jnp.float32(1e-3)), update(jnp.float32(1e-2))
     assert jax.tree.all(jax.tree.map(lambda u: bool(jnp.all(jnp.isfinite(u))), large))
