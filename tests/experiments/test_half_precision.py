@@ -27,7 +27,7 @@ def test_nothing_is_ever_non_finite(name):
 
 @pytest.mark.slow
 def test_what_is_not_finite_is_counted():
-    """A K-FAC without damping on rounded statistics has factors that are not definite."""
+    """K-FAC without damping has factors that are not definite, rounded or not."""
     case = CASES["K-FAC, own length, statistics bf16"]
     case = case._replace(options=case.options | {"damping": 0.0})
     out = train(case, make_task("characters", TASK), 20)
