@@ -170,9 +170,9 @@ def scale_by_ingd(
     """INGD: :func:`scale_by_singd` with dense factors.
 
     Args:
-      spec, preset, damping, lr_cov, riemannian_momentum, normalize_lr_cov, second_order,
-        statistics, approx, joint_bias, graft, refresh_every, timing, fallback, factor_dtype: as in
-        :func:`scale_by_singd`.
+      spec, preset, damping, lr_cov, riemannian_momentum: as in :func:`scale_by_singd`.
+      normalize_lr_cov, second_order, statistics, approx, joint_bias: likewise.
+      graft, refresh_every, timing, fallback, factor_dtype: likewise.
 
     Returns:
       As :func:`scale_by_singd`; ``d_in^2 + d_out^2`` numbers per layer, twice with momentum.
@@ -214,9 +214,10 @@ def scale_by_ikfac(
     ``1 - lr_cov``, up to O(lr_cov^2) per step.
 
     Args:
-      spec, preset, structures, overrides, damping, lr_cov, normalize_lr_cov, second_order,
-        statistics, approx, joint_bias, channels_first, graft, refresh_every, timing, fallback,
-        factor_dtype: as in :func:`scale_by_singd`.
+      spec, preset, structures, overrides: as in :func:`scale_by_singd`.
+      damping, lr_cov, normalize_lr_cov, second_order, statistics: likewise.
+      approx, joint_bias, channels_first, graft, refresh_every: likewise.
+      timing, fallback, factor_dtype: likewise.
 
     Returns:
       As :func:`scale_by_singd`, without momenta: ``d_in^2 + d_out^2`` numbers per dense layer.
