@@ -56,7 +56,7 @@ def test_init_is_abstract_and_structure_is_kept(entry):
     assert all(x.size for x in jax.tree.leaves(state))
 
 
-@each()
+@each(names=nets.FAMILIES)
 def test_bfloat16(entry):
     p = nets.params(dtype=jnp.bfloat16)
     p, state, losses = trained(entry.make(), 20, p)
@@ -84,7 +84,7 @@ def test_bad_numbers_change_nothing(entry):
         assert all_finite(after) and all_finite(updates)
 
 
-@each()
+@each(names=nets.FAMILIES)
 def test_no_statistics_at_a_step(entry):
     p = nets.params()
     tx, update = nets.compiled(entry)
