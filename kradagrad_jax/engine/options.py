@@ -12,8 +12,10 @@ from kradagrad_jax.engine.layout import Layout, Plan, factor_dtype_of, make_plan
 from kradagrad_jax.engine.timing import Interval, Timing
 from kradagrad_jax.factors.method import BlockMethod
 
+Statistics = dict[str, Any] | None
 Source = Callable[
-    [Plan, dict[str, jax.Array], dict[str, Any]], tuple[dict[str, Any] | None, jax.Array | bool]
+    [Plan, dict[str, jax.Array], dict[str, Any]],
+    Statistics | tuple[Statistics, jax.Array | bool],
 ]
 
 

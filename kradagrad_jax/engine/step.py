@@ -150,7 +150,8 @@ def _factors(
     """Accumulates and refreshes; also the new statistics count and number of rejected blocks."""
     factors, rejected = state.factors, jnp.zeros((), jnp.int32)
     every = timing_lib.interval_at(o.refresh_every, count)
-    statistics, fresh = o.source(plan, blocks, extra)
+    found = o.source(plan, blocks, extra)
+    statistics, fresh = found if isinstance(found, tuple) else (found, True)
     taken, due = state.statistics_count, False
     if statistics is not None:
         interval = timing_lib.interval_at(o.statistics_every, count)

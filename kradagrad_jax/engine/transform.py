@@ -61,9 +61,9 @@ def scale_by_blocks(
         (bias-corrected); None: no average, no memory for it.
       factor_dtype: dtype of the factors; None: that of the parameter, float32 at least.
       mu_dtype: dtype of the average; None: that of the parameter.
-      source: ``(plan, gradient stacks, extra args) -> (statistics by bucket, fresh)``: where
-        statistics other than the gradient come from. None in place of the statistics, or a traced
-        ``fresh`` that is False, stands for "none at this step".
+      source: ``(plan, gradient stacks, extra args) -> statistics by bucket``, or a pair of them and
+        a (traced) bool: where statistics other than the gradient come from. None in place of the
+        statistics, or False, stands for "none at this step".
 
     Returns:
       A ``GradientTransformationExtraArgs`` with state :class:`BlockState`. Its updates have the

@@ -23,7 +23,8 @@ from tests.registry import (
 )
 
 PAIRS = [(name, getattr(kj, name)) for name in dir(kj) if name.startswith("scale_by_")]
-METHODS = [pair for pair in PAIRS if pair[0] != "scale_by_blocks"]
+ENGINES = ("scale_by_blocks", "scale_by_layers")
+METHODS = [pair for pair in PAIRS if pair[0] not in ENGINES]
 
 
 @over_aliases
