@@ -13,6 +13,7 @@ import pytest
 import kradagrad_jax as kj
 from tests import layer_registry
 from tests.registry import (
+    ENTRIES,
     assert_close,
     assert_equal,
     compiled,
