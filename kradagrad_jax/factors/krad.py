@@ -18,7 +18,7 @@ def _spectral_norm(m: jax.Array) -> jax.Array:
     squarings = 34 if m.dtype == jnp.float64 else 16
     tiny = jnp.finfo(m.dtype).tiny
 
-    def square(_: int, carry: tuple[jax.Array, jax.Array, jax.Array]):
+    def square(_: jax.Array | int, carry: tuple[jax.Array, jax.Array, jax.Array]):
         x, log, weight = carry
         size = jnp.sqrt(jnp.sum(x * x))
         x = x / jnp.maximum(size, tiny)
