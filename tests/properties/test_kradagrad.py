@@ -3,6 +3,7 @@
 import itertools
 
 import hypothesis.strategies as st
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -145,7 +146,7 @@ def test_10_only_the_scheduled_mode_changes(shape):
         rest = s - int(np.sqrt(s)) ** 2
         largest = int(np.argmax(shape))
         mode = s % k if s < k * k else rest if rest < k else largest
-        assert int(scheduled_mode(np.int32(c), shape)) == mode
+        assert int(scheduled_mode(jnp.int32(c), shape)) == mode
         pairs = zip(factors(before)[0], factors(after)[0], strict=True)
         assert [i for i, (a, b) in enumerate(pairs) if np.any(a != b)] == [mode]
 
@@ -176,7 +177,7 @@ def test_11_domination_alternating(seed):
     _, states = trajectory(kj.scale_by_kradagrad, grads, **PAPER)
     t = 1.0
     for c, (g, state) in enumerate(zip(grads, states, strict=False), start=1):
-        mode = int(scheduled_mode(np.int32(c), (m, n)))
+        mode = int(scheduled_mode(jnp.int32(c), (m, n)))
         stats, roots = factors(state)
         u = g @ roots[1] if mode == 0 else (roots[0] @ g).T
         t = max(t, 1 + np.linalg.norm(stats[mode] @ u @ u.T))
