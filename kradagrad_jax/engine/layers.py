@@ -5,11 +5,13 @@ which the engine treats as stacked parameters; all other leaves keep their place
 fallback. Guards, timing and grafting are thus those of :func:`scale_by_blocks`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kradagrad_jax.engine import trees
@@ -72,23 +74,17 @@ class Packing(NamedTuple):
 
 
 def _reorder(x: jax.Array, layer: LayerLike, axis: int, back: bool = False) -> jax.Array:
-    """Input index from (height, width, channel) to (channel, height, width) order, or back."""
+    """Input index from (height, width, channel) to (channel, height, width) order, or back.
+
+    The row of a joint bias, the last one, stays where it is.
+    """
     dims = layer.in_shape
     if len(dims) < 2:
         return x
-    size = x.shape[axis]
-    index = jnp.arange(size - size % _product(dims)).reshape(dims)
-    index = jnp.concatenate(
-        [jnp.moveaxis(index, -1, 0).reshape(-1), jnp.arange(_product(dims), size)]
-    )
-    return jnp.take(x, jnp.argsort(index) if back else index, axis=axis)
-
-
-def _product(dims: tuple[int, ...]) -> int:
-    out = 1
-    for d in dims:
-        out *= d
-    return out
+    inputs = math.prod(dims)
+    order = np.moveaxis(np.arange(inputs).reshape(dims), -1, 0).reshape(-1)
+    order = np.concatenate([order, np.arange(inputs, x.shape[axis])])
+    return jnp.take(x, np.argsort(order) if back else order, axis=axis)
 
 
 def packing_of(
