@@ -94,6 +94,16 @@ def test_channels_first_only_permutes():
     np.testing.assert_allclose(state.factors["12x4"][0][0], a[:, order].T @ a[:, order], rtol=1e-5)
 
 
+def test_channels_first_with_one_input_and_a_bias():
+    """The bias is a row of its own also where it outnumbers the inputs."""
+    spec = CaptureSpec.from_layers([Layer.conv("w", (1, 1, 1, 2), bias="b")])
+    p = {"w": jnp.arange(2.0).reshape(1, 1, 1, 2), "b": jnp.arange(2.0, 4.0)}
+    found = given(spec=spec)
+    plain, _ = one_step(scale_by_layers(SUMS, spec, **TWO), p, found)
+    moved, _ = one_step(scale_by_layers(SUMS, spec, channels_first=True, **TWO), p, found)
+    jax.tree.map(np.testing.assert_array_equal, plain, moved)
+
+
 def test_no_new_statistics_keep_the_factors():
     tx = scale_by_layers(SUMS, SPEC, fallback="identity", **TWO)
     p = params()
