@@ -8,6 +8,7 @@ damped inverses of A and G and of the layer's step, and one minus the cosine bet
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from kradagrad_jax import curvature
+from kradagrad_jax.engine import trees
 from kradagrad_jax.experiments.tasks import make_task
 from kradagrad_jax.factors.lowrank import LowRankFactor, low_rank_method, solve_side
 from kradagrad_jax.factors.lowrank_options import LowRankOptions, Online, Sketch
@@ -45,18 +47,14 @@ def variants(rank: int, oversampling: int, batch: int) -> dict[str, Variant]:
         "RS, every 50": Variant(base, 50),
         "RS, every 10, no continuation": Variant(base._replace(continuation=False), 10),
         "B": Variant(follow, 10),
-        "B, every 5": Variant(base._replace(online=_changed(online, every=5)), 10),
+        "B, every 5": Variant(base._replace(online=dataclasses.replace(online, every=5)), 10),
         "B-R, overwritten every 10": Variant(follow._replace(overwrite=True), 10),
         "B-R, overwritten every 50": Variant(follow._replace(overwrite=True), 50),
         "B-C, corrected every 5": Variant(correct, 10),
         "B-C, corrected every step": Variant(
-            correct._replace(online=_changed(online, correct_every=1)), 10
+            correct._replace(online=dataclasses.replace(online, correct_every=1)), 10
         ),
     }
-
-
-def _changed(online: Online, **changes: Any) -> Online:
-    return Online(**{**{f: getattr(online, f) for f in online.__dataclass_fields__}, **changes})
 
 
 def _dense_inverse(m: jax.Array, damping: float) -> jax.Array:
@@ -128,7 +126,7 @@ def study(
             (1 - new) * m + new * matmul(r.T, r) for m, r in zip(dense, rows, strict=True)
         )
         factors = {name: _advance(chosen[name], f, rows, k) for name, f in factors.items()}
-        leaves = _by_path(grads)
+        leaves = dict(zip(trees.paths_of(grads), jax.tree.leaves(grads), strict=True))
         gradient = found.pack(leaves[layer], leaves[found.bias] if found.bias else None)[0]
         a, g = (_dense_inverse(m, 0.1) for m in dense)
         exact = (a, g, matmul(matmul(a, gradient), g))
@@ -140,12 +138,6 @@ def study(
     run = jax.jit(lambda c: jax.lax.scan(one, c, (order, jnp.arange(steps))))
     _, (errors, losses) = run((params, factors, dense))
     return errors, float(losses[-1])
-
-
-def _by_path(tree: Any) -> dict[str, jax.Array]:
-    from kradagrad_jax.engine import trees
-
-    return dict(zip(trees.paths_of(tree), jax.tree.leaves(tree), strict=True))
 
 
 def cost(variant: Variant, shape: tuple[int, int], batch: int, steps: int = 100) -> float:
@@ -177,7 +169,10 @@ def table(errors: dict[str, Any], costs: dict[str, float], skip: int) -> str:
 
 def plot(errors: dict[str, Any], costs: dict[str, float], skip: int, path: Path) -> None:
     """Errors along the run, and the mean error of the step against the cost."""
-    import matplotlib.pyplot as plt
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
     for name, values in errors.items():

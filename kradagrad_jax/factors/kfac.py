@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from kradagrad_jax.factors.method import BlockMethod, Grams, Rows, Step
+from kradagrad_jax.factors.numbers import at_step
 from kradagrad_jax.linalg import (
-    cholesky,
+    cholesky_inverse,
     eigh,
     matmul,
     sr_update,
     svd,
-    symmetrize,
-    triangular_inverse,
 )
 
 Pair = tuple[jax.Array, jax.Array]
@@ -98,16 +97,24 @@ def kfac_method(o: KfacOptions) -> BlockMethod:
         return factor._replace(statistics=(new[0], new[1]), weight=weight)
 
     def refresh(factor: KfacFactor, step: Step) -> KfacFactor:
-        lam = _at(o.damping, step, factor.weight.dtype)
+        # a layer without any statistic yet is not preconditioned; its factors, zero so far, would
+        # multiply the gradient by 1/lambda
+        seen = factor.weight > 0
+        return jax.tree.map(
+            lambda new, old: new if new is old else jnp.where(seen, new, old),
+            refreshed(factor, step),
+            factor,
+        )
+
+    def refreshed(factor: KfacFactor, step: Step) -> KfacFactor:
+        lam = at_step(o.damping, step, factor.weight.dtype)
         if o.inverse == "cholesky":
             return factor._replace(inverses=_factored(factor.statistics, lam, _inverse))
         pairs = [_spectrum(s, o.statistics) for s in factor.statistics]
         values = (jnp.maximum(pairs[0][0], 0), jnp.maximum(pairs[1][0], 0))
         if o.damping_rule == "factored":
             values = _factored(values, lam, lambda w, shift: 1 / (w + shift))
-        elif (
-            o.damping_rule == "relative"
-        ):  # as published: rounding noise of a factor is no curvature
+        elif o.damping_rule == "relative":  # as published: rounding noise is no curvature
             values = (_drop_noise(values[0]), _drop_noise(values[1]))
         return factor._replace(vectors=(pairs[0][1], pairs[1][1]), inverses=values)
 
@@ -119,20 +126,14 @@ def kfac_method(o: KfacOptions) -> BlockMethod:
                 return _rotate(factor.vectors, left[:, None] * g * right[None, :], back=True)
             return _times(left, g) if right.ndim == 1 else matmul(_times(left, g), right)
         values = factor.inverses
-        lam = _at(o.damping, step, g.dtype)
+        lam = at_step(o.damping, step, g.dtype)
         if o.damping_rule == "relative":
             lam = lam * jnp.max(values[0]) * jnp.max(values[1])
         curvature = values[0][:, None] * values[1][None, :] + lam
-        g = _rotate(factor.vectors, g)
-        # before the first refresh, or with curvature zero throughout: no preconditioning
-        return _rotate(factor.vectors, g / jnp.where(curvature > 0, curvature, 1), back=True)
+        turned = _rotate(factor.vectors, g) / jnp.where(curvature > 0, curvature, 1)
+        return jnp.where(factor.weight > 0, _rotate(factor.vectors, turned, back=True), g)
 
     return BlockMethod(init, accumulate, refresh, precondition)
-
-
-def _at(value: Any, step: Step, dtype: Any) -> jax.Array:
-    """A number or an optax schedule (which counts from 0) at this step."""
-    return jnp.asarray(value(step.count - 1) if callable(value) else value).astype(dtype)
 
 
 def _share(o: KfacOptions, weight: jax.Array) -> Pair:
@@ -196,8 +197,7 @@ def _inverse(f: jax.Array, shift: jax.Array) -> jax.Array:
         return 1 / (f + shift)
     # the mean eigenvalue is one; below this shift a singular factor has no Cholesky factor
     shift = jnp.maximum(shift, f.shape[0] * jnp.finfo(f.dtype).eps)
-    half = triangular_inverse(cholesky(f + shift * jnp.eye(f.shape[0], dtype=f.dtype)), lower=True)
-    return symmetrize(matmul(half.T, half))
+    return cholesky_inverse(f + shift * jnp.eye(f.shape[0], dtype=f.dtype))
 
 
 def _spectrum(s: jax.Array, form: str) -> tuple[jax.Array, jax.Array | None]:

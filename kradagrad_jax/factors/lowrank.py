@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from kradagrad_jax.factors.lowrank_options import LowRankOptions, Online
 from kradagrad_jax.factors.method import BlockMethod, Grams, Rows, Step
+from kradagrad_jax.factors.numbers import at_step
 from kradagrad_jax.linalg import (
     LowRank,
     brand_update,
@@ -96,7 +97,7 @@ def solve_side(o: LowRankOptions, side: Side, x: jax.Array, step: Step) -> jax.A
     """Damped inverse of one side times ``x: (d, k)``, in time linear in d."""
     w, dtype = side.pairs.w, x.dtype
     floor = w[jnp.maximum(side.valid - 1, 0)] if o.continuation else jnp.zeros((), dtype)
-    damping = _at(o.damping, step, dtype) * jnp.max(w)
+    damping = at_step(o.damping, step, dtype) * jnp.max(w)
     if o.start == "counted":  # what is missing of an average that started at the identity
         damping = damping + jnp.asarray(o.ema, dtype) ** side.count.astype(dtype)
     return low_rank_solve(side.pairs, x, jnp.where(damping > 0, damping, 1), floor)
@@ -119,10 +120,6 @@ def precondition_rows(
     """
     a = solve_side(o, factor.a, rows.a.T, step)
     return matmul(a, solve_side(o, factor.g, rows.g.T, step).T)
-
-
-def _at(value: Any, step: Step, dtype: Any) -> jax.Array:
-    return jnp.asarray(value(step.count - 1) if callable(value) else value).astype(dtype)
 
 
 def _init_side(o: LowRankOptions, d: int, dtype: Any) -> Side:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kradagrad_jax.factors.method import BlockMethod, Grams, Rows, Step
+from kradagrad_jax.factors.numbers import at_step
 from kradagrad_jax.linalg.structures import Dense, Stored, Structure
 
 
@@ -97,11 +98,6 @@ def dtype_of(stored: Stored) -> Any:
     return jax.tree.leaves(stored)[0].dtype
 
 
-def value_at(value: Any, step: Step) -> jax.Array:
-    """A number or a schedule of the global step (from 0)."""
-    return jnp.asarray(value(step.count - 1) if callable(value) else value)
-
-
 def _curvature(s: Structure, x: jax.Array, root: Stored, rows: bool) -> tuple[Stored, Stored]:
     """P(K^T U K) and P(K^T K)."""
     x = x.astype(dtype_of(root))
@@ -126,7 +122,7 @@ def _move(
     step: Step,
 ) -> tuple[Stored, Stored]:
     """The new root and its momentum."""
-    lam = value_at(o.damping, step)
+    lam = at_step(o.damping, step)
     if weights is not None:
         h, lam = scaled(weights[0], h), lam * weights[1].astype(lam.dtype)
     tangent = s.subtract_identity(jax.tree.map(jnp.add, h, scaled(lam, q)))
@@ -136,7 +132,7 @@ def _move(
     m = scaled(share, tangent)
     if old is not None:
         m = jax.tree.map(jnp.add, scaled(alpha, old), m)
-    b = value_at(o.lr_cov, step)
+    b = at_step(o.lr_cov, step)
     if o.normalize_lr_cov != "none":
         b = b / jnp.maximum(1, length(s, m, o.normalize_lr_cov)).astype(b.dtype)
     return moved(s, root, m, b, o.second_order), m if old is not None else None

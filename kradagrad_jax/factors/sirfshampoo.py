@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from kradagrad_jax.factors.method import BlockMethod, Step
-from kradagrad_jax.factors.singd import dtype_of, has_momentum, moved, scaled, value_at
+from kradagrad_jax.factors.numbers import at_step
+from kradagrad_jax.factors.singd import dtype_of, has_momentum, moved, scaled
 from kradagrad_jax.linalg import unfold
 from kradagrad_jax.linalg.structures import Stored, Structure
 
@@ -74,13 +75,13 @@ def sirf_method(o: SirfOptions) -> BlockMethod:
         traces = [s.frobenius(root) ** 2 / d for s, root, d in pairs]
         roots, momenta = [], []
         for n, (s, root) in enumerate(zip(structures, factor.roots, strict=True)):
-            lam = value_at(o.damping, step) * math.prod(traces[:n] + traces[n + 1 :])
+            lam = at_step(o.damping, step) * math.prod(traces[:n] + traces[n + 1 :])
             m = _tangent(s, root, y, n, lam)
             if factor.momenta is not None:
                 alpha = jnp.asarray(o.riemannian_momentum)
                 kept = scaled(alpha, factor.momenta[n])
                 m = jax.tree.map(jnp.add, kept, scaled(1 - alpha, m))
-            b = value_at(o.lr_cov, step)
+            b = at_step(o.lr_cov, step)
             b = b / jnp.maximum(1, s.frobenius(m)).astype(b.dtype)
             roots.append(moved(s, root, m, b, second_order=False))
             momenta.append(m)

@@ -16,7 +16,7 @@ from kradagrad_jax.factors.method import BlockMethod, Rows, Step
 from kradagrad_jax.factors.modes import Groups, Merge, axis_groups
 from kradagrad_jax.factors.numbers import at_step
 from kradagrad_jax.linalg import (
-    cholesky,
+    cholesky_inverse,
     eigh,
     inverse_root,
     matmul,
@@ -215,8 +215,7 @@ def _inverse(o: TntOptions, omega: jax.Array, scale: jax.Array, shift: jax.Array
         return symmetrize(matmul(v / (jnp.maximum(w, 0) + shift)[None, :], v.T))
     damped = u + shift * eye
     if o.inverse == "cholesky":
-        half = triangular_inverse(cholesky(damped), lower=True)
-        return symmetrize(matmul(half.T, half))
+        return cholesky_inverse(damped)
     if o.inverse == "newton":
         x, error = inverse_root(damped, 1, 0.0)
         return jnp.where(error < 0.1, x, jnp.nan)  # not converged: the engine keeps the old one

@@ -27,6 +27,7 @@ from kradagrad_jax.linalg.products import mode_gram as mode_gram
 from kradagrad_jax.linalg.products import multiply_modes as multiply_modes
 from kradagrad_jax.linalg.products import symmetrize as symmetrize
 from kradagrad_jax.linalg.products import unfold as unfold
+from kradagrad_jax.linalg.roots import cholesky_inverse as cholesky_inverse
 from kradagrad_jax.linalg.roots import left_power as left_power
 from kradagrad_jax.linalg.roots import powered_spectrum as powered_spectrum
 from kradagrad_jax.linalg.roots import svd_power as svd_power

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kradagrad_jax.linalg.lapack import eigh, svd
+from kradagrad_jax.linalg.lapack import cholesky, eigh, svd, triangular_inverse
 from kradagrad_jax.linalg.products import matmul, symmetrize
 
 Rule = Literal["relative", "absolute", "shift", "pseudo", "none"]
@@ -126,6 +126,22 @@ def svd_root(
     unit = _unit(s, floor, damping, relative)
     half = 0.5 * exponent
     return v * _square_power((s / unit) ** 2, unit, half, floor, damping, relative)[None, :]
+
+
+def cholesky_inverse(a: jax.Array) -> jax.Array:
+    """Return the inverse of a symmetric positive definite matrix.
+
+    Args:
+      a: (n, n), float32 or float64.
+
+    Returns:
+      (n, n), exactly symmetric, of the dtype of `a`; NaN if `a` is not definite.
+
+    Raises:
+      TypeError, ValueError: as `lapack.cholesky`.
+    """
+    half = triangular_inverse(cholesky(a), lower=True)
+    return symmetrize(matmul(half.T, half))
 
 
 def left_power(

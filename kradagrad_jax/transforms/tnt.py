@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from kradagrad_jax.engine import Interval, Layout, Timing, scale_by_blocks
-from kradagrad_jax.engine.layers import scale_by_layers
+from kradagrad_jax.engine.layers import LayerTransformation, scale_by_layers
 from kradagrad_jax.engine.timing import interval_at
 from kradagrad_jax.factors.tnt import TntOptions, tnt_method
 from kradagrad_jax.transforms import sampled
@@ -180,7 +180,9 @@ def scale_by_tnt(
     }
     if spec is not None:
         layers = scale_by_layers(method, spec, form="rows", **engine)
-        return sampled.heavy_ball(layers, momentum, layers.covered, fallback)
+        out = LayerTransformation(*sampled.heavy_ball(layers, momentum, layers.covered, fallback))
+        out.covered = layers.covered
+        return out
     layout = sampled.unmerged(c["layout"])
     blocks = scale_by_blocks(
         method, layout=layout, source=sampled.source("tnt", c["fisher"]), **engine

@@ -116,6 +116,14 @@ def test_no_new_statistics_keep_the_factors():
         assert int(after.count) == 2
 
 
+def test_a_layer_without_statistics_is_not_preconditioned():
+    p = params()
+    for options in ({}, {"inverse": "eigh"}, {"damping_rule": "exact"}):
+        tx = kj.scale_by_kfac(SPEC, graft="none", fallback="identity", **options)
+        updates, _ = tx.update(p, tx.init(p), p, curvature=None)
+        jax.tree.map(lambda u, g: np.testing.assert_allclose(u, g, rtol=1e-6), updates, p)
+
+
 def test_without_joint_bias_the_bias_is_left_to_the_fallback():
     tx = scale_by_layers(SUMS, SPEC, joint_bias=False, fallback="identity", **TWO)
     updates, state = one_step(tx)

@@ -230,7 +230,12 @@ def test_bar_only_on_a_terminal(monkeypatch, capsys):
 def test_ctrl_c_for_real(tiny):
     """An interrupt signal to the process itself, while it trains."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "kradagrad_jax.experiments.cli", "compare", str(tiny)]
+    # a shell's background jobs are born deaf to the signal
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from kradagrad_jax.experiments.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, "compare", str(tiny)]
     process = subprocess.Popen(
         [*command, "--steps", "200000"],
         env=os.environ | {"PYTHONPATH": str(root)},
