@@ -26,7 +26,9 @@ class BlockState(NamedTuple):
       count: number of updates, int32.
       statistics_count: number of statistics folded in, int32.
       skipped: number of updates whose gradient was not finite (no effect but on counts), int32.
-      rejected: number of block updates or refreshes undone because they were not finite, int32.
+      rejected: number of block updates or refreshes undone because they were not finite, and of
+        directions not taken for the same reason (the block then goes as without preconditioner),
+        int32.
       mu: average of the gradient, shaped like the parameters; None without ``beta1``.
       nu: accumulator of squares for grafting and fallback (``MaskedNode`` where not needed); None
         where no parameter needs one.

@@ -50,7 +50,7 @@ def update(
         o, plan, state, blocks, count, usable, extra
     )
     out = _directions(grafts, nu, filtered, accepted)
-    _precondition(o, plan, factors, blocks, g, filtered, out, step, usable)
+    rejected += _precondition(o, plan, factors, blocks, g, filtered, out, step, usable)
     fallback = _own_fallback(o, plan, updates, state, params, extra, real, out, usable)
     for index, _, _, _ in plan.uncovered:
         out[index] = jnp.where(usable, out[index], 0)
@@ -201,18 +201,25 @@ def _precondition(
     out: Leaves,
     step: Step,
     usable: jax.Array,
-) -> None:
+) -> jax.Array:
     """Replaces the direction of every covered leaf by the grafted, preconditioned one.
+
+    A block whose direction overflows goes without preconditioner. Returns the number of these.
 
     Everything happens on whole buckets; a leaf is touched once, when its blocks are cut out again
     (each such cut is a kernel of its own to compile).
     """
     covered = [leaf.index for leaf in plan.covered]
+    rejected = jnp.zeros((), jnp.int32)
     if not covered:
-        return
+        return rejected
     if any(filtered[j] is not g[j] for j in covered):
         blocks = buckets.gather(plan, [filtered[j] for j in covered])
     u = stacks.precondition(o.method, plan, factors, blocks, step)
+    for key, x in u.items():
+        good = jnp.isfinite(jnp.sum(x * x, axis=tuple(range(1, x.ndim))))
+        u[key] = jnp.where(good.reshape((-1,) + (1,) * (x.ndim - 1)), x, blocks[key])
+        rejected += jnp.where(usable, jnp.sum(~good), 0).astype(jnp.int32)
     directions = [out[j] for j in covered]
     if o.graft.kind != "none":
         if o.graft.per == "block":
@@ -229,6 +236,7 @@ def _precondition(
             d = trees.replicate(d)
             x = jnp.where(usable, jnp.where(s > 0, s * x + (1 - s) * d, d), 0)
         out[j] = x
+    return rejected
 
 
 def _rescale(u: jax.Array, d: jax.Array) -> jax.Array:
