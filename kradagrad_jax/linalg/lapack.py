@@ -9,6 +9,9 @@ unbatched calls) where the program runs on CPU, and stays batched on every other
 A stack sharded over its leading axis is gathered on CPU (and refused if the mesh axis is
 Explicit): to split it, call these inside `jax.shard_map`.
 
+On TPU an eigendecomposition above 256 is put together from smaller ones (see `jacobi`): XLA's own
+takes minutes to compile.
+
 A matrix that is not finite gives NaN everywhere and never reaches LAPACK, whose SVD does not
 return from an infinity.
 
@@ -26,6 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kradagrad_jax.linalg.jacobi import block_eigh
 from kradagrad_jax.linalg.products import matmul, symmetrize
 
 
@@ -173,7 +177,20 @@ def _stackable(factorise: Callable[[jax.Array], Any]) -> Callable[[jax.Array], A
     return single
 
 
-_raw_eigh = _stackable(lambda a: tuple(jnp.linalg.eigh(a)))
+LARGEST = 256  # up to this size a TPU has one kernel for `eigh`
+
+
+def _any_eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if len(a) <= LARGEST:
+        return tuple(jnp.linalg.eigh(a))
+    return jax.lax.platform_dependent(
+        a,
+        tpu=lambda a: block_eigh(symmetrize(a), _raw_eigh, LARGEST),
+        default=lambda a: tuple(jnp.linalg.eigh(a)),
+    )
+
+
+_raw_eigh = _stackable(_any_eigh)
 _raw_svd = _stackable(lambda a: tuple(jnp.linalg.svd(a)))
 _raw_qr_r = _stackable(lambda a: jnp.linalg.qr(a, mode="r"))
 _raw_qr = _stackable(lambda a: tuple(jnp.linalg.qr(a)))
