@@ -69,8 +69,11 @@ def _finite(x: jax.Array) -> jax.Array:
     return jnp.sum(x * 0, axis=tuple(range(1, x.ndim))) == 0
 
 
-def _guard(new: Any, old: Any) -> tuple[Any, jax.Array]:
-    """Keeps the old factor of every block whose new one is not finite; counts such blocks."""
+def _guard(new: Any, old: Any, counted: jax.Array | bool = True) -> tuple[Any, jax.Array]:
+    """Keeps the old factor of every block whose new one is not finite; counts such blocks.
+
+    ``counted``: per block, whether it counts.
+    """
     pairs = list(zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True))
     checks = [_finite(n) for n, o in pairs if n is not o and jnp.issubdtype(n.dtype, jnp.floating)]
     if not checks:
@@ -80,7 +83,7 @@ def _guard(new: Any, old: Any) -> tuple[Any, jax.Array]:
     def keep(n: jax.Array, o: jax.Array) -> jax.Array:
         return n if n is o else jnp.where(good.reshape((-1,) + (1,) * (n.ndim - 1)), n, o)
 
-    return jax.tree.map(keep, new, old), jnp.sum(~good).astype(jnp.int32)
+    return jax.tree.map(keep, new, old), jnp.sum(~good & counted).astype(jnp.int32)
 
 
 def accumulate(
@@ -147,7 +150,7 @@ def _refresh_some(
     """Refreshes the blocks with the given indices; -1 stands for "none"."""
     rows = jnp.where(due >= 0, due, due[0])  # padding repeats a block that is due anyway
     old = jax.tree.map(lambda x: x[rows], factor)
-    new, bad = _guard(jax.vmap(lambda f: method.refresh(f, step))(old), old)
+    new, bad = _guard(jax.vmap(lambda f: method.refresh(f, step))(old), old, due >= 0)
     return jax.tree.map(lambda x, n, o: x if n is o else x.at[rows].set(n), factor, new, old), bad
 
 
