@@ -19,10 +19,13 @@ from kradagrad_jax.alias import tnt as tnt
 from kradagrad_jax.engine import BlockState as BlockState
 from kradagrad_jax.engine import Graft as Graft
 from kradagrad_jax.engine import Layout as Layout
+from kradagrad_jax.engine import Sharding as Sharding
 from kradagrad_jax.engine import Timing as Timing
 from kradagrad_jax.engine import describe as describe
+from kradagrad_jax.engine import fit_state as fit_state
 from kradagrad_jax.engine import scale_by_blocks as scale_by_blocks
 from kradagrad_jax.engine import scale_by_layers as scale_by_layers
+from kradagrad_jax.engine import state_sharding as state_sharding
 from kradagrad_jax.factors import KronFactor as KronFactor
 from kradagrad_jax.factors import SquareRoot as SquareRoot
 from kradagrad_jax.factors.lowrank_options import Online as Online

@@ -8,6 +8,9 @@ from kradagrad_jax.engine.options import BlockState as BlockState
 from kradagrad_jax.engine.report import Coverage as Coverage
 from kradagrad_jax.engine.report import block_factors as block_factors
 from kradagrad_jax.engine.report import describe as describe
+from kradagrad_jax.engine.sharding import Sharding as Sharding
+from kradagrad_jax.engine.states import fit_state as fit_state
+from kradagrad_jax.engine.states import state_sharding as state_sharding
 from kradagrad_jax.engine.timing import Interval as Interval
 from kradagrad_jax.engine.timing import Timing as Timing
 from kradagrad_jax.engine.transform import scale_by_blocks as scale_by_blocks

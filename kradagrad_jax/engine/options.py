@@ -9,6 +9,7 @@ import optax
 from kradagrad_jax.engine import trees
 from kradagrad_jax.engine.grafting import Graft
 from kradagrad_jax.engine.layout import Layout, Plan, factor_dtype_of, make_plan
+from kradagrad_jax.engine.sharding import Sharding
 from kradagrad_jax.engine.timing import Interval, Timing
 from kradagrad_jax.factors.method import BlockMethod
 
@@ -60,6 +61,7 @@ class Options(NamedTuple):
     factor_dtype: Any
     mu_dtype: Any
     source: Source
+    sharding: Sharding | None
 
 
 def plan_of(tree: Any, layout: Layout, factor_dtype: Any = None) -> Plan:

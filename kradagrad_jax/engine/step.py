@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kradagrad_jax.engine import buckets, grafting, stacks, trees
+from kradagrad_jax.engine import buckets, grafting, sharding, stacks, trees
 from kradagrad_jax.engine import timing as timing_lib
 from kradagrad_jax.engine.grafting import Graft
 from kradagrad_jax.engine.layout import Plan, factor_dtype_of
@@ -19,6 +19,7 @@ from kradagrad_jax.engine.options import (
     runs_fallback,
     uncovered_only,
 )
+from kradagrad_jax.engine.sharding import Split
 from kradagrad_jax.factors.method import Step
 
 Leaves = list[Any]
@@ -34,7 +35,9 @@ def update(
     if not real:
         return updates, state._replace(count=count)
     plan = stacks.as_stored(plan_of(updates, o.layout, o.factor_dtype), state.factors)
-    stacks.check(o.method, plan, state.factors)
+    split = sharding.resolve(o.sharding)
+    stacks.check(o.method, plan, state.factors, split)
+    state = state._replace(factors=stacks.place(split, o.method, plan, state.factors))
     grafts = grafts_of(o, plan)
 
     raw = [leaves[i] for i in real]
@@ -47,10 +50,10 @@ def update(
     mu, filtered = _average(o, _slots(state.mu, real, len(leaves)), g, accepted, usable)
     nu = _squares(grafts, _slots(state.nu, real, len(leaves)), g, usable)
     factors, statistics_count, rejected, step = _factors(
-        o, plan, state, blocks, count, usable, extra
+        o, plan, state, blocks, count, usable, extra, split
     )
     out = _directions(grafts, nu, filtered, accepted)
-    rejected += _precondition(o, plan, factors, blocks, g, filtered, out, step, usable)
+    rejected += _precondition(o, plan, factors, blocks, g, filtered, out, step, usable, split)
     fallback = _own_fallback(o, plan, updates, state, params, extra, real, out, usable)
     for index, _, _, _ in plan.uncovered:
         out[index] = jnp.where(usable, out[index], 0)
@@ -146,6 +149,7 @@ def _factors(
     count: jax.Array,
     usable: jax.Array,
     extra: dict[str, Any],
+    split: Split | None,
 ) -> tuple[Any, jax.Array, jax.Array, Step]:
     """Accumulates and refreshes; also the new statistics count and number of rejected blocks."""
     factors, rejected = state.factors, jnp.zeros((), jnp.int32)
@@ -161,23 +165,27 @@ def _factors(
     step = Step(count, taken, every, count == first)
     if statistics is not None:
         factors, rejected = stacks.when(
-            due, lambda f: stacks.accumulate(o.method, plan, f, statistics, step), factors
+            due, lambda f: stacks.accumulate(o.method, plan, f, statistics, step, split), factors
         )
     if o.timing.stagger and isinstance(every, int) and every > 1:
         # all blocks at the first refresh: a block without preconditioner would be a slow start
         factors, bad = stacks.when(
-            usable & (count == first), lambda f: stacks.refresh(o.method, plan, f, step), factors
+            usable & (count == first),
+            lambda f: stacks.refresh(o.method, plan, f, step, split),
+            factors,
         )
         factors, more = stacks.when(
             usable & (count > first),
-            lambda f: stacks.refresh_share(o.method, plan, f, step, every),
+            lambda f: stacks.refresh_share(o.method, plan, f, step, every, split),
             factors,
         )
         bad = bad + more
     else:
         due = usable & timing_lib.refresh_due(count, every, o.timing)
-        factors, bad = stacks.when(due, lambda f: stacks.refresh(o.method, plan, f, step), factors)
-    return factors, taken, rejected + bad, step
+        factors, bad = stacks.when(
+            due, lambda f: stacks.refresh(o.method, plan, f, step, split), factors
+        )
+    return stacks.place(split, o.method, plan, factors), taken, rejected + bad, step
 
 
 def _directions(
@@ -201,6 +209,7 @@ def _precondition(
     out: Leaves,
     step: Step,
     usable: jax.Array,
+    split: Split | None,
 ) -> jax.Array:
     """Replaces the direction of every covered leaf by the grafted, preconditioned one.
 
@@ -215,7 +224,7 @@ def _precondition(
         return rejected
     if any(filtered[j] is not g[j] for j in covered):
         blocks = buckets.gather(plan, [filtered[j] for j in covered])
-    u = stacks.precondition(o.method, plan, factors, blocks, step)
+    u = stacks.precondition(o.method, plan, factors, blocks, step, split)
     for key, x in u.items():
         good = jnp.isfinite(jnp.sum(x * x, axis=tuple(range(1, x.ndim))))
         u[key] = jnp.where(good.reshape((-1,) + (1,) * (x.ndim - 1)), x, blocks[key])

@@ -19,6 +19,7 @@ from kradagrad_jax.engine.options import (
     runs_fallback,
     uncovered_only,
 )
+from kradagrad_jax.engine.sharding import Sharding, resolve
 from kradagrad_jax.engine.timing import Interval, Timing
 from kradagrad_jax.factors.method import BlockMethod
 
@@ -44,6 +45,7 @@ def scale_by_blocks(
     factor_dtype: Any = None,
     mu_dtype: Any = None,
     source: Source = gradient_statistics,
+    sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds an optax transformation from a method that knows only one block.
 
@@ -64,6 +66,8 @@ def scale_by_blocks(
       source: ``(plan, gradient stacks, extra args) -> statistics by bucket``, or a pair of them and
         a (traced) bool: where statistics other than the gradient come from. None in place of the
         statistics, or False, stands for "none at this step".
+      sharding: how factors and the work on them are spread over the devices of a mesh, see
+        :class:`Sharding`; None: no device knows of others.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with state :class:`BlockState`. Its updates have the
@@ -71,7 +75,7 @@ def scale_by_blocks(
 
     Raises:
       ValueError: while tracing, for complex or integer parameters, for a state of other
-        parameters, and for staggering without a fixed interval.
+        parameters, for staggering without a fixed interval, and for a sharding without its mesh.
     """
     timing = timing or Timing()
     if factor_dtype is not None and factor_dtype_of(factor_dtype) != jnp.dtype(factor_dtype):
@@ -90,7 +94,7 @@ def scale_by_blocks(
         method, layout or Layout(), timing, refresh_every, statistics_every,
         grafting.as_graft(graft), fallback, beta1,
         None if factor_dtype is None else jnp.dtype(factor_dtype),
-        None if mu_dtype is None else jnp.dtype(mu_dtype), source,
+        None if mu_dtype is None else jnp.dtype(mu_dtype), source, sharding,
     )  # fmt: skip
 
     def init(params: optax.Params) -> BlockState:
@@ -137,6 +141,6 @@ def _init(o: Options, params: Any) -> BlockState:
     return state._replace(
         mu=None if o.beta1 is None else tree_of(o.mu_dtype, owned),
         nu=tree_of(None, squares) if any(squares) else None,
-        factors=stacks.init(o.method, plan),
+        factors=stacks.init(o.method, plan, resolve(o.sharding)),
         fallback=o.fallback.init(uncovered_only(params, plan)) if runs_fallback(o) else None,
     )

@@ -46,6 +46,7 @@ def build(method: BlockMethod, chosen: dict[str, Any]) -> optax.GradientTransfor
         method,
         layout=chosen["layout"],
         timing=chosen["timing"],
+        sharding=chosen.get("sharding"),
         refresh_every=chosen["refresh_every"],
         statistics_every=chosen["statistics_every"],
         graft=graft,

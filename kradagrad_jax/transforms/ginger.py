@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from kradagrad_jax.engine import Interval, Layout, Timing, scale_by_blocks
+from kradagrad_jax.engine import Interval, Layout, Sharding, Timing, scale_by_blocks
 from kradagrad_jax.factors.ginger import GingerOptions, ginger_method
 from kradagrad_jax.transforms import sampled
 from kradagrad_jax.transforms.common import check_choice, choose
@@ -47,6 +47,7 @@ def scale_by_ginger(
     layout: Layout | None = None,
     statistics_every: Interval | None = None,
     timing: Timing | None = None,
+    sharding: Sharding | None = None,
     fallback: Any = None,
     factor_dtype: Any = None,
     mu_dtype: Any = None,
@@ -91,6 +92,7 @@ def scale_by_ginger(
         ``merge`` is always ``"none"``. Default: whole parameters. Not for ``partition="model"``.
       statistics_every: steps between updates of G. Default 1.
       timing: start, ramp, phases, see :class:`Timing`.
+      sharding: devices over which factors and work are divided, see :class:`Sharding`. None: none.
       fallback: for parameters left out by ``layout``: ``"identity"``, a graft kind, or a
         GradientTransformation with positive sign.
       factor_dtype: dtype of the factors. None: float32, or float64 for float64 parameters.
@@ -142,6 +144,7 @@ def scale_by_ginger(
         refresh_every=POLISH_EVERY,
         statistics_every=c["statistics_every"],
         timing=c["timing"],
+        sharding=c.get("sharding"),
         graft="none",
         fallback=c["fallback"],
         beta1=None if isinstance(c["beta1"], str) else c["beta1"],

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kradagrad_jax.engine import Graft, Interval, Timing
+from kradagrad_jax.engine import Graft, Interval, Sharding, Timing
 from kradagrad_jax.engine.layers import scale_by_layers
 from kradagrad_jax.factors.kfac import KfacOptions, kfac_method
 from kradagrad_jax.transforms import clipping
@@ -60,6 +60,7 @@ def scale_by_kfac(
     refresh_every: Interval | None = None,
     statistics_every: Interval | None = None,
     timing: Timing | None = None,
+    sharding: Sharding | None = None,
     fallback: Any = None,
     factor_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -110,6 +111,7 @@ def scale_by_kfac(
       refresh_every: steps between inverses. Default 10. A multiple of ``statistics_every``.
       statistics_every: steps between statistics; others are ignored where they are given.
       timing: start, ramp, phases, staggering, see :class:`Timing`.
+      sharding: devices over which factors and work are divided, see :class:`Sharding`. None: none.
       fallback: for leaves that are no layer: a graft kind (default ``"adam"``), ``"identity"``, or
         a GradientTransformation with positive sign.
       factor_dtype: dtype of statistics and inverses. None: float32, or float64 for float64
@@ -155,6 +157,7 @@ def scale_by_kfac(
         refresh_every=c["refresh_every"],
         statistics_every=c["statistics_every"],
         timing=c["timing"],
+        sharding=c.get("sharding"),
         factor_dtype=factor_dtype,
     )
 

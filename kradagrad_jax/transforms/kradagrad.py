@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from kradagrad_jax.engine import Graft, Interval, Layout, Timing
+from kradagrad_jax.engine import Graft, Interval, Layout, Sharding, Timing
 from kradagrad_jax.factors import KradOptions, alternating_method, star_method
 from kradagrad_jax.factors.krad import BOUNDS
 from kradagrad_jax.transforms.common import (
@@ -83,6 +83,7 @@ def scale_by_kradagrad_star(
     refresh_every: Interval | None = None,
     statistics_every: Interval | None = None,
     timing: Timing | None = None,
+    sharding: Sharding | None = None,
     fallback: Any = None,
     factor_dtype: Any = None,
     mu_dtype: Any = None,
@@ -130,6 +131,7 @@ def scale_by_kradagrad_star(
       refresh_every: steps between roots.
       statistics_every: steps between KrAD steps.
       timing: see :class:`Timing`.
+      sharding: devices over which factors and work are divided, see :class:`Sharding`. None: none.
       fallback: for parameters without factors.
       factor_dtype: dtype of L and its root.
       mu_dtype: dtype of the average of gradients.
@@ -179,6 +181,7 @@ def scale_by_kradagrad(
     refresh_every: Interval | None = None,
     statistics_every: Interval | None = None,
     timing: Timing | None = None,
+    sharding: Sharding | None = None,
     fallback: Any = None,
     factor_dtype: Any = None,
     mu_dtype: Any = None,
@@ -212,6 +215,7 @@ def scale_by_kradagrad(
       refresh_every: steps between roots.
       statistics_every: steps between statistics.
       timing: start, ramp, phases.
+      sharding: devices over which factors and work are divided, see :class:`Sharding`. None: none.
       fallback: for parameters without factors.
       factor_dtype: dtype of factors.
       mu_dtype: dtype of the average of gradients.

@@ -7,7 +7,7 @@ from typing import Any
 
 import optax
 
-from kradagrad_jax.engine import Graft, Interval, Timing
+from kradagrad_jax.engine import Graft, Interval, Sharding, Timing
 from kradagrad_jax.engine.layers import scale_by_layers
 from kradagrad_jax.factors.lowrank import low_rank_method
 from kradagrad_jax.factors.lowrank_options import LowRankOptions, Online, Sketch
@@ -91,6 +91,7 @@ def _build(
         refresh_every=c["refresh_every"],
         statistics_every=c["statistics_every"],
         timing=c["timing"],
+        sharding=c.get("sharding"),
         factor_dtype=c.get("factor_dtype"),
     )
 
@@ -118,6 +119,7 @@ def scale_by_rs_kfac(
     refresh_every: Interval | None = None,
     statistics_every: Interval | None = None,
     timing: Timing | None = None,
+    sharding: Sharding | None = None,
     fallback: Any = None,
     factor_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -152,6 +154,7 @@ def scale_by_rs_kfac(
       refresh_every: steps between decompositions. Default 10.
       statistics_every: steps between statistics. Default 1.
       timing: start, ramp, phases, staggering, see :class:`Timing`.
+      sharding: devices over which factors and work are divided, see :class:`Sharding`. None: none.
       fallback: for leaves that are no layer: ``"adam"`` (default), another graft kind,
         ``"identity"`` or a GradientTransformation with positive sign.
       factor_dtype: dtype of the factors. None: float32, or float64 for float64 parameters.

@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from kradagrad_jax.engine import Graft, Interval, Layout, Timing
+from kradagrad_jax.engine import Graft, Interval, Layout, Sharding, Timing
 from kradagrad_jax.factors import SquareRoot, array_method, gram_method
 from kradagrad_jax.transforms.common import (
     ENGINE_DEFAULTS,
@@ -65,6 +65,7 @@ def scale_by_shampoo(
     refresh_every: Interval | None = None,
     statistics_every: Interval | None = None,
     timing: Timing | None = None,
+    sharding: Sharding | None = None,
     fallback: Any = None,
     factor_dtype: Any = None,
     mu_dtype: Any = None,
@@ -109,6 +110,7 @@ def scale_by_shampoo(
         the count. Recommended: 10, paper: 1.
       statistics_every: steps between statistics, likewise. Default: 1.
       timing: start, ramp, phases, staggering, see :class:`Timing`.
+      sharding: devices over which factors and work are divided, see :class:`Sharding`. None: none.
       fallback: for parameters without factors (scalars, vectors by default, excluded ones):
         ``"diagonal"``: the direction of the graft, or of AdaGrad; ``"identity"``; any graft kind;
         or a GradientTransformation.

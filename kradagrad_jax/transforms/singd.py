@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kradagrad_jax.engine import Graft, Interval, Timing
+from kradagrad_jax.engine import Graft, Interval, Sharding, Timing
 from kradagrad_jax.engine.layers import scale_by_layers
 from kradagrad_jax.factors.singd import SingdOptions, singd_method
 from kradagrad_jax.linalg.structures import Structure, structure
@@ -79,6 +79,7 @@ def scale_by_singd(
     graft: Graft | str | None = None,
     refresh_every: Interval | None = None,
     timing: Timing | None = None,
+    sharding: Sharding | None = None,
     fallback: Any = None,
     factor_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -128,6 +129,7 @@ def scale_by_singd(
       refresh_every: T, steps between factor updates, the first step included; statistics given at
         other steps are ignored. Recommended: 1 (short runs do not gain with 10), official 10.
       timing: start and ramp, see :class:`Timing`.
+      sharding: devices over which factors and work are divided, see :class:`Sharding`. None: none.
       fallback: for leaves that are no layer (and embeddings): a graft kind (default ``"adam"``),
         ``"identity"``, or a GradientTransformation with positive sign.
       factor_dtype: dtype of K, C and momenta, or a pair of dtypes for K and C; bfloat16 freezes
@@ -164,6 +166,7 @@ def scale_by_ingd(
     graft: Graft | str | None = None,
     refresh_every: Interval | None = None,
     timing: Timing | None = None,
+    sharding: Sharding | None = None,
     fallback: Any = None,
     factor_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -172,7 +175,7 @@ def scale_by_ingd(
     Args:
       spec, preset, damping, lr_cov, riemannian_momentum: as in :func:`scale_by_singd`.
       normalize_lr_cov, second_order, statistics, approx, joint_bias: likewise.
-      graft, refresh_every, timing, fallback, factor_dtype: likewise.
+      graft, refresh_every, timing, sharding, fallback, factor_dtype: likewise.
 
     Returns:
       As :func:`scale_by_singd`; ``d_in^2 + d_out^2`` numbers per layer, twice with momentum.
@@ -204,6 +207,7 @@ def scale_by_ikfac(
     graft: Graft | str | None = None,
     refresh_every: Interval | None = None,
     timing: Timing | None = None,
+    sharding: Sharding | None = None,
     fallback: Any = None,
     factor_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -217,7 +221,7 @@ def scale_by_ikfac(
       spec, preset, structures, overrides: as in :func:`scale_by_singd`.
       damping, lr_cov, normalize_lr_cov, second_order, statistics: likewise.
       approx, joint_bias, channels_first, graft, refresh_every: likewise.
-      timing, fallback, factor_dtype: likewise.
+      timing, sharding, fallback, factor_dtype: likewise.
 
     Returns:
       As :func:`scale_by_singd`, without momenta: ``d_in^2 + d_out^2`` numbers per dense layer.
@@ -303,4 +307,5 @@ def _build(spec: Any, c: dict[str, Any], adaptive: bool) -> optax.GradientTransf
         refresh_every=NEVER,
         statistics_every=c["refresh_every"],
         timing=c["timing"],
+        sharding=c.get("sharding"),
     )

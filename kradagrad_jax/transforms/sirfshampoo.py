@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kradagrad_jax.engine import Graft, Interval, Layout, Timing, as_graft, scale_by_blocks
+from kradagrad_jax.engine import (
+    Graft,
+    Interval,
+    Layout,
+    Sharding,
+    Timing,
+    as_graft,
+    scale_by_blocks,
+)
 from kradagrad_jax.engine.layout import Plan
 from kradagrad_jax.engine.options import Source
 from kradagrad_jax.factors.sirfshampoo import SirfOptions, sirf_method
@@ -73,6 +81,7 @@ def scale_by_sirfshampoo(
     layout: Layout | None = None,
     refresh_every: Interval | None = None,
     timing: Timing | None = None,
+    sharding: Sharding | None = None,
     fallback: Any = None,
     factor_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -111,6 +120,7 @@ def scale_by_sirfshampoo(
       layout: how parameters are cut into blocks. Default: whole, as they are.
       refresh_every: T, steps between factor updates, the first step included. Default 1 (paper 2).
       timing: start and ramp, see :class:`Timing`.
+      sharding: devices over which factors and work are divided, see :class:`Sharding`. None: none.
       fallback: for parameters without factors (those that ``layout`` leaves out):
         ``"diagonal"`` (the graft's direction), ``"identity"``, a graft kind, or a transformation.
       factor_dtype: dtype of factors and momenta, a tuple with one per axis, or a mapping as for
@@ -156,6 +166,7 @@ def scale_by_sirfshampoo(
         methods if len(methods) > 1 else methods["0"],
         layout=_grouped(c["layout"], group) if len(methods) > 1 else c["layout"],
         timing=c["timing"],
+        sharding=c.get("sharding"),
         refresh_every=NEVER,
         statistics_every=c["refresh_every"],
         graft=graft,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kradagrad_jax.engine import Interval, Layout, Timing, scale_by_blocks
+from kradagrad_jax.engine import Interval, Layout, Sharding, Timing, scale_by_blocks
 from kradagrad_jax.engine.layers import LayerTransformation, scale_by_layers
 from kradagrad_jax.engine.timing import interval_at
 from kradagrad_jax.factors.tnt import TntOptions, tnt_method
@@ -71,6 +71,7 @@ def scale_by_tnt(
     refresh_every: Interval | None = None,
     statistics_every: Interval | None = None,
     timing: Timing | None = None,
+    sharding: Sharding | None = None,
     fallback: Any = None,
     factor_dtype: Any = None,
     mu_dtype: Any = None,
@@ -134,6 +135,7 @@ def scale_by_tnt(
       refresh_every: T2, steps between inverses. Default 20.
       statistics_every: T1, steps between statistics. Default 1.
       timing: start, ramp, phases, staggering (without early refresh), see :class:`Timing`.
+      sharding: devices over which factors and work are divided, see :class:`Sharding`. None: none.
       fallback: for parameters without factors: ``"identity"`` (the momentum; the default but with
         ``spec``), a graft kind (``"adam"``: the default with ``spec``), or a GradientTransformation
         with positive sign.
@@ -173,6 +175,7 @@ def scale_by_tnt(
         "refresh_every": _refresh_interval(c),
         "statistics_every": c["statistics_every"],
         "timing": c["timing"],
+        "sharding": c.get("sharding"),
         "fallback": fallback,
         "beta1": momentum,
         "factor_dtype": factor_dtype,
