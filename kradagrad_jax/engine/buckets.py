@@ -10,6 +10,7 @@ import numpy as np
 
 from kradagrad_jax.engine import trees
 from kradagrad_jax.engine.layout import Leaf, Plan, Tile
+from kradagrad_jax.engine.sharding import Split
 
 
 def _cut(x: jax.Array, leaf: Leaf, tile: Tile) -> jax.Array:
@@ -41,16 +42,21 @@ def _paste(blocks: jax.Array, leaf: Leaf, tile: Tile) -> jax.Array:
     return x.reshape(leaf.stack, *region)
 
 
-def gather(plan: Plan, leaves: Sequence[jax.Array]) -> dict[str, jax.Array]:
+def gather(
+    plan: Plan, leaves: Sequence[jax.Array], split: Split | None = None
+) -> dict[str, jax.Array]:
     """Blocks of the covered leaves, in factor dtype, by bucket.
 
     Args:
       plan: the static layout.
       leaves: one array per COVERED leaf, in plan order.
+      split: where blocks will be divided over devices, leaves are made whole first: a partitioner
+        left to itself sends pieces of them about at every reshape.
 
     Returns:
       ``{key: (size, *block shape)}``.
     """
+    leaves = leaves if split is None else split.whole(list(leaves))
     flat = [
         trees.replicate(x).reshape(leaf.stack, *leaf.merged)
         for x, leaf in zip(leaves, plan.covered, strict=True)

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kradagrad_jax.engine import trees
+from kradagrad_jax.engine import sharding, trees
 from kradagrad_jax.engine.layout import Layout, Plan
 from kradagrad_jax.engine.options import BlockState
+from kradagrad_jax.engine.sharding import Split
 from kradagrad_jax.engine.transform import scale_by_blocks
 from kradagrad_jax.factors.method import BlockMethod, Grams, Rows
 
@@ -44,13 +45,14 @@ class Packing(NamedTuple):
     layers: dict[str, tuple[Any, int, int | None]]
     treedef: Any
     channels_first: bool
+    mesh: Split | None
 
     def split(self, tree: Any) -> dict[str, Any]:
         """``{"layers": {path: matrix stack}, "rest": the tree with these leaves masked}``."""
         leaves = trees.flatten(tree)[0]
         matrices = {}
         for path, (layer, weight, bias) in self.layers.items():
-            parts = [None if i is None else trees.replicate(leaves[i]) for i in (weight, bias)]
+            parts = [None if i is None else self._whole(leaves[i]) for i in (weight, bias)]
             matrix = layer.pack(parts[0], parts[1])
             matrices[path] = _reorder(matrix, layer, 1) if self.channels_first else matrix
         for _, weight, bias in self.layers.values():
@@ -58,6 +60,11 @@ class Packing(NamedTuple):
                 if i is not None:
                     leaves[i] = optax.MaskedNode()
         return {LAYERS: matrices, REST: self.treedef.unflatten(leaves)}
+
+    def _whole(self, x: Any) -> Any:
+        if self.mesh is None or not isinstance(x, jax.Array):
+            return trees.replicate(x)
+        return self.mesh.whole(x)
 
     def join(self, parts: dict[str, Any], like: Any) -> Any:
         """Inverse of :meth:`split`, with the dtypes and placement of ``like``."""
@@ -69,6 +76,7 @@ class Packing(NamedTuple):
                 matrix = _reorder(matrix, layer, 1, back=True)
             for i, value in zip((weight, bias), layer.unpack(matrix), strict=True):
                 if i is not None:
+                    value = self._whole(value)
                     leaves[i] = trees.place_like(value.astype(wanted[i].dtype), wanted[i])
         return self.treedef.unflatten(leaves)
 
@@ -88,7 +96,12 @@ def _reorder(x: jax.Array, layer: LayerLike, axis: int, back: bool = False) -> j
 
 
 def packing_of(
-    spec: Any, tree: Any, joint_bias: bool, used: Callable[[Any], bool], channels_first: bool
+    spec: Any,
+    tree: Any,
+    joint_bias: bool,
+    used: Callable[[Any], bool],
+    channels_first: bool,
+    mesh: Split | None = None,
 ) -> Packing:
     """Finds the layers of ``spec`` in a tree of parameters or gradients.
 
@@ -108,7 +121,7 @@ def packing_of(
         if joint_bias and layer.bias is not None and layer.bias_shape is not None:
             bias = _find(layer.bias, layer.bias_shape, position, leaves)
         layers[layer.path] = (layer, weight, bias)
-    return Packing(layers, treedef, channels_first)
+    return Packing(layers, treedef, channels_first, mesh)
 
 
 def _find(
@@ -249,7 +262,8 @@ def scale_by_layers(
 
     def packed(tree: Any) -> Packing:
         wanted = {path for path, group in groups.items() if group is not None}
-        return packing_of(spec, tree, joint_bias, lambda x: x.path in wanted, channels_first)
+        mesh = sharding.resolve(engine.get("sharding"))
+        return packing_of(spec, tree, joint_bias, lambda x: x.path in wanted, channels_first, mesh)
 
     def engine_of(packing: Packing | None) -> optax.GradientTransformationExtraArgs:
         source = {} if packing is None else {"source": _statistics(packing, form, approx)}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kradagrad_jax.factors.method import Step
+from kradagrad_jax.factors.method import Rows, Step
 
 Trees = dict[str, Any]  # by bucket
 
@@ -76,6 +76,10 @@ class Split(NamedTuple):
     def parts(self) -> PartitionSpec:
         return PartitionSpec(self.axes)
 
+    def whole(self, tree: Any) -> Any:
+        """The arrays on every device."""
+        return self.place(tree, PartitionSpec())
+
     def place(self, tree: Any, spec: PartitionSpec) -> Any:
         """The arrays with this sharding of the mesh, Auto or Explicit."""
         sharding = NamedSharding(self.mesh, spec)
@@ -134,14 +138,20 @@ def divided(split: Split | None, stacks: Trees) -> Trees:
     if split is None:
         return stacks
 
-    def one(x: jax.Array) -> jax.Array:
+    def one(x: jax.Array, whole_first: bool) -> jax.Array:
         size = x.shape[0]
         if size == 1:
             return x
-        # whole first: else the partitioner divides what leads to the stack, at a cost
-        return split.place(split.place(pad(x, split.padded(size)), PartitionSpec()), split.parts)
+        x = pad(x, split.padded(size))
+        return split.place(split.whole(x) if whole_first else x, split.parts)
 
-    return jax.tree.map(one, stacks)
+    out = {}
+    for key, tree in stacks.items():
+        # Left to itself the partitioner divides what leads to the stack, at a cost. But the rows
+        # of a divided batch are never made whole: every device gets those of its own layers.
+        rows = isinstance(tree, Rows)
+        out[key] = jax.tree.map(lambda x, w=not rows: one(x, w), tree)
+    return out
 
 
 def over_devices(
@@ -236,12 +246,12 @@ def gathered(split: Split, tree: Any) -> Any:
             out_specs=split.parts,
             check_vma=False,
         )
-        packed = split.place(pack(*(leaves[i] for i in own)), PartitionSpec())
+        packed = split.whole(pack(*(leaves[i] for i in own)))
         packed = packed.reshape(split.devices, -1)
         start = 0
         for i in own:
             width = leaves[i].size // split.devices
             x = packed[:, start : start + width].reshape(leaves[i].shape)
-            out[i] = split.place(x, PartitionSpec())
+            out[i] = split.whole(x)
             start += width
     return jax.tree.unflatten(treedef, out)

@@ -39,12 +39,11 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
             "PartitionSpec())), or ShapeDtypeStructs with such a sharding"
         )
     replicated = NamedSharding(next(iter(own.values()))[1].mesh, PartitionSpec())
-    leaves, treedef = jax.tree.flatten(jax.eval_shape(tx.init, params))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(jax.eval_shape(tx.init, params))
     placed = jax.tree.leaves(jax.jit(tx.init).lower(params).compile().output_shardings)
-    paths = trees.paths_of(treedef.unflatten(leaves))
     out = []
-    for path, x, found in zip(paths, leaves, placed, strict=True):
-        names = path.split("/")
+    for (path, x), found in zip(leaves, placed, strict=True):
+        names = trees.path_name(path).split("/")
         ends = ["/".join(names[i:]) for i in range(len(names))]
         like = [own[e][1] for e in ends if e in own and own[e][0] == tuple(x.shape)]
         fallback = found if isinstance(found, NamedSharding) else replicated
@@ -71,7 +70,7 @@ def fit_state(state: Any, like: Any) -> Any:
     """
     if jax.tree.structure(state) != jax.tree.structure(like):
         raise ValueError("fit_state: the states are of different transformations or parameters")
-    paths = trees.paths_of(like)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
 
     def fit(path: str, x: jax.Array, y: jax.Array) -> jax.Array:
         if x.dtype != y.dtype or x.shape[1:] != y.shape[1:] or x.ndim != y.ndim:
@@ -83,5 +82,5 @@ def fit_state(state: Any, like: Any) -> Any:
             x = jnp.concatenate([jax.device_get(x)[: y.shape[0]], jax.device_get(y)[len(x) :]])
         return jax.device_put(x, y.sharding)
 
-    leaves = zip(paths, jax.tree.leaves(state), jax.tree.leaves(like), strict=True)
-    return jax.tree.unflatten(jax.tree.structure(like), [fit(*leaf) for leaf in leaves])
+    pairs = zip(leaves, jax.tree.leaves(state), strict=True)
+    return treedef.unflatten([fit(trees.path_name(path), x, y) for (path, y), x in pairs])

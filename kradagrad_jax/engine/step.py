@@ -42,7 +42,7 @@ def update(
 
     raw = [leaves[i] for i in real]
     g = [x.astype(factor_dtype_of(x.dtype)) for x in raw]
-    blocks = buckets.gather(plan, [g[leaf.index] for leaf in plan.covered])
+    blocks = buckets.gather(plan, [g[leaf.index] for leaf in plan.covered], split)
     usable = _usable(plan, blocks, g)
     skipped = state.skipped + jnp.where(usable, 0, 1).astype(jnp.int32)
     accepted = jnp.maximum(count - skipped, 1)
@@ -223,7 +223,7 @@ def _precondition(
     if not covered:
         return rejected
     if any(filtered[j] is not g[j] for j in covered):
-        blocks = buckets.gather(plan, [filtered[j] for j in covered])
+        blocks = buckets.gather(plan, [filtered[j] for j in covered], split)
     u = stacks.precondition(o.method, plan, factors, blocks, step, split)
     for key, x in u.items():
         good = jnp.isfinite(jnp.sum(x * x, axis=tuple(range(1, x.ndim))))
@@ -232,13 +232,16 @@ def _precondition(
     directions = [out[j] for j in covered]
     if o.graft.kind != "none":
         if o.graft.per == "block":
-            d_blocks = buckets.gather(plan, directions)
+            d_blocks = buckets.gather(plan, directions, split)
             u = {k: jax.vmap(_rescale)(x, d_blocks[k]) for k, x in u.items()}
         else:
             u = buckets.rescale(plan, u, directions)
     u = {k: jnp.where(usable, x, 0) for k, x in u.items()}
     share = timing_lib.blend(step.count, o.timing)
-    for j, x, d in zip(covered, buckets.scatter(plan, u), directions, strict=True):
+    pieces = buckets.scatter(plan, u)
+    if split is not None:
+        pieces = split.whole(pieces)
+    for j, x, d in zip(covered, pieces, directions, strict=True):
         x = x.astype(d.dtype)
         if share is not None:
             s = share.astype(d.dtype)

@@ -24,15 +24,18 @@ def _name(entry: Any) -> str:
     return str(entry)
 
 
+def path_name(path: Any) -> str:
+    """'/'-joined names of a key path; the trailing box entry of flax's variables is dropped."""
+    names = [_name(entry) for entry in path]
+    if len(names) > 1 and names[-1] in ("value", "raw_value"):
+        names = names[:-1]
+    return "/".join(names)
+
+
 def paths_of(tree: Any) -> list[str]:
-    """'/'-joined path per leaf; the trailing box entry of flax's variables is dropped."""
-    out = []
-    for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)[0]:
-        names = [_name(entry) for entry in path]
-        if len(names) > 1 and names[-1] in ("value", "raw_value"):
-            names = names[:-1]
-        out.append("/".join(names))
-    return out
+    """Name of every leaf, ``MaskedNode`` counted as one."""
+    found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)[0]
+    return [path_name(path) for path, _ in found]
 
 
 def check_dtypes(paths: list[str], leaves: list[Any]) -> None:
