@@ -21,6 +21,7 @@ from kradagrad_jax.engine import BlockState
 
 BATCH, SIZES = 4, (6, 8, 3)  # wide enough that online low-rank factors are tracked, not decomposed
 LOSS = curvature.losses.softmax_cross_entropy()
+QUICK = {"xla_backend_optimization_level": 0}  # a third less to compile, for the same program
 COUNTERS = ("count", "statistics_count", "skipped", "rejected")
 Tree = Any
 
@@ -86,7 +87,7 @@ class Case:
     """An alias with arguments.
 
     Attributes:
-      name: of the alias.
+      name: of the alias; after a hyphen, of what is special.
       kind: of its statistics: ``"gradients"``, ``"layers"`` or ``"samples"``.
       rate: learning rate that trains the net of this file.
       options: arguments; short intervals, so that few steps see everything that happens.
@@ -100,14 +101,15 @@ class Case:
     def make(self, **changes: Any) -> optax.GradientTransformationExtraArgs:
         """A new optimizer object."""
         args = (self.rate, spec()) if self.kind == "layers" else (self.rate,)
-        return getattr(kj, self.name)(*args, **self.options | changes)
+        alias = getattr(kj, self.name.split("-")[0])
+        return alias(*args, **self.options | changes)
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformationExtraArgs:
         """The optimizer whose compiled update all tests share; the state is donated."""
         made = self.make()
         return optax.GradientTransformationExtraArgs(
-            made.init, jax.jit(made.update, donate_argnums=1)
+            made.init, jax.jit(made.update, donate_argnums=1, compiler_options=QUICK)
         )
 
     def measure(
@@ -134,6 +136,7 @@ class Case:
 
 _SKETCH = {"sketch": kj.Sketch(rank=2, oversampling=2), "refresh_every": 2}
 _ROOTS = {"refresh_every": 2}
+_BF16 = {"factor_dtype": jnp.bfloat16}
 CASES = [
     Case("shampoo", "gradients", 3e-2, _ROOTS),
     Case("kradagrad_star", "gradients", 3e-2, _ROOTS),
@@ -153,10 +156,31 @@ CASES = [
     Case("singd", "layers", 3e-2, {"structures": "hierarchical:2,2"}),
 ]
 
-# the tests of one alias run in one process, which compiles its update once
-over_all = pytest.mark.parametrize(
-    "case", [pytest.param(c, id=c.name, marks=pytest.mark.xdist_group(c.name)) for c in CASES]
-)
+# states of other types: half precision, gradients that are waiting
+STORED = [
+    Case("shampoo-fold", "gradients", 3e-2, _ROOTS | {"statistics": kj.SquareRoot(fold_every=3)}),
+    Case("kradagrad_star-delayed", "gradients", 3e-2, _ROOTS | {"form": "delayed"}),
+    Case("ginger-bf16", "samples", 1e-2, {"basis_dtype": jnp.bfloat16}),
+    Case("sirfshampoo-bf16", "gradients", 3e-2, {"batch_size": BATCH, **_BF16}),
+    Case("singd-bf16", "layers", 3e-2, {"structures": "hierarchical:2,2", **_BF16}),
+]
+
+
+FAMILIES = ("shampoo", "kradagrad", "sirfshampoo", "tnt", "ginger", "kfac", "brc_kfac", "singd")
+
+
+def _over(cases: list[Case], fast: tuple[str, ...] | None = None):
+    """Parametrisation; the tests of one case run in one process, which compiles its update once."""
+    marked = []
+    for c in cases:
+        slow = [pytest.mark.slow] if fast is not None and c.name not in fast else []
+        marked.append(pytest.param(c, id=c.name, marks=[pytest.mark.xdist_group(c.name), *slow]))
+    return pytest.mark.parametrize("case", marked)
+
+
+over_all = _over(CASES)
+over_families = _over(CASES, FAMILIES)  # the others are slow tests
+over_stored = _over(CASES + STORED)
 
 
 def copied(tree: Tree) -> Tree:
