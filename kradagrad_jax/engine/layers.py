@@ -226,8 +226,9 @@ def scale_by_layers(
       joint_bias: the bias is the last row of its layer's matrix; False leaves it to the fallback.
       channels_first: rows of convolutions ordered (channel, height, width).
       clip: ``(updates, gradients, count) -> updates`` on ``{path: packed matrices}``.
-      fallback: for leaves that are no layer: ``"adam"`` (``optax.scale_by_adam()``), another graft
-        kind, ``"identity"``, or a GradientTransformation with positive sign.
+      fallback: for leaves that are no layer: ``"adam"`` (``optax.scale_by_adam()`` in float32),
+        another graft kind, ``"identity"``, or a GradientTransformation with positive sign, which
+        gets half-precision leaves as they are.
       **engine: further arguments of :func:`scale_by_blocks`.
 
     Returns:
@@ -249,7 +250,7 @@ def scale_by_layers(
     if unknown:
         raise ValueError(f"assign names methods {unknown}, there are {sorted(methods)}")
     if isinstance(fallback, str) and fallback == "adam":
-        fallback = optax.scale_by_adam()
+        fallback = _in_float32(optax.scale_by_adam())
     rest = _on_rest(cast(Any, fallback)) if hasattr(fallback, "update") else fallback
     layout = Layout(
         block_size=None,
@@ -312,6 +313,17 @@ def scale_by_layers(
     out = LayerTransformation(init, update)
     out.covered = covered
     return out
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """``inner`` on half-precision leaves: in float16 squares of gradients below 1e-4 are zero."""
+    run = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        own = None if params is None else trees.widened(params)
+        return run.update(trees.widened(updates), state, own, **extra)
+
+    return optax.GradientTransformationExtraArgs(lambda p: run.init(trees.widened(p)), update)
 
 
 def _on_rest(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

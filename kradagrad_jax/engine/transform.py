@@ -62,7 +62,7 @@ def scale_by_blocks(
       beta1: decay of the average of gradients that is preconditioned in place of the gradient
         (bias-corrected); None: no average, no memory for it.
       factor_dtype: dtype of the factors; None: that of the parameter, float32 at least.
-      mu_dtype: dtype of the average; None: that of the parameter.
+      mu_dtype: dtype of the average; None: that of the parameter, float32 at least.
       source: ``(plan, gradient stacks, extra args) -> statistics by bucket``, or a pair of them and
         a (traced) bool: where statistics other than the gradient come from. None in place of the
         statistics, or False, stands for "none at this step".

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from kradagrad_jax.engine.layout import factor_dtype_of
+
 
 def is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
@@ -36,6 +38,20 @@ def paths_of(tree: Any) -> list[str]:
     """Name of every leaf, ``MaskedNode`` counted as one."""
     found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)[0]
     return [path_name(path) for path, _ in found]
+
+
+def widened(tree: Any) -> Any:
+    """The tree with half-precision leaves (also of ShapeDtypeStructs) in float32."""
+
+    def wide(x: Any) -> Any:
+        if is_masked(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        own = factor_dtype_of(x.dtype)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, own)
+        return x.astype(own)
+
+    return jax.tree.map(wide, tree, is_leaf=is_masked)
 
 
 def check_dtypes(paths: list[str], leaves: list[Any]) -> None:

@@ -127,7 +127,7 @@ def heavy_ball(
         updates: optax.Updates, state: optax.OptState, params: Any = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         # half precision is rounded once, after the scaling; a user's fallback gets what it expects
-        wide = _widened(updates) if fallback == "identity" else updates
+        wide = trees.widened(updates) if fallback == "identity" else updates
         out, new = inner.update(wide, state, params, **extra)
         counts = cast(BlockState, new)
         accepted = jnp.maximum(counts.count - counts.skipped, 1)
@@ -139,17 +139,6 @@ def heavy_ball(
         return treedef.unflatten(leaves), new
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def _widened(tree: Any) -> Any:
-    """The tree with half-precision leaves in float32."""
-
-    def wide(x: Any) -> Any:
-        if trees.is_masked(x) or not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
-        return x.astype(factor_dtype_of(x.dtype))
-
-    return jax.tree.map(wide, tree, is_leaf=trees.is_masked)
 
 
 def _summed(x: jax.Array, momentum: Any, accepted: jax.Array) -> jax.Array:
