@@ -12,7 +12,7 @@ export JAX_PLATFORMS ?= cpu
 export MPLBACKEND := Agg
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help quickstart quadratic test test-fast lint format bench docs data constraints clean
+.PHONY: help quickstart quadratic test test-fast lowering lint format bench docs data constraints clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test: lint data ## lint, types and every test
 
 test-fast: $(STAMPS)/dev ## every test that is not marked slow
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+lowering: $(STAMPS)/dev $(STAMPS)/tpu-lowering $(STAMPS)/cuda-lowering ## compile for TPU and CUDA, without either (0.4 GB to download)
+	$(BIN)/python -m pytest -n $(WORKERS) tests/lowering
 
 lint: $(STAMPS)/dev ## ruff (rules and format) and pyright
 	$(BIN)/ruff check .

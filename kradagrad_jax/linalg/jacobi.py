@@ -79,8 +79,8 @@ def _sweeps(
         a = _rotate(_rotate(a, w, size).T, w, size).T
         a = 0.5 * (a + a.T)
         v = _rotate(v, w, size)
-        columns = (turn[:, None] * size + np.arange(size)).reshape(-1)
-        return a[columns][:, columns], v[:, columns], label[turn]
+        a = _reorder(_reorder(a, turn).T, turn)
+        return a, _reorder(v, turn), label[turn]
 
     def sweep(carry):
         a, v, label, now, _, count = carry
@@ -103,6 +103,12 @@ def _rotate(x: jax.Array, w: jax.Array, size: int) -> jax.Array:
     rows = len(x)
     columns = jnp.moveaxis(x.reshape(rows, len(w), 2 * size), 1, 0)
     return jnp.moveaxis(matmul(columns, w), 0, 1).reshape(rows, -1)
+
+
+def _reorder(x: jax.Array, order: np.ndarray) -> jax.Array:
+    """`x` with its blocks of columns in this order; slices, as TPU compiles gathers slowly."""
+    columns = jnp.split(x, len(order), axis=1)
+    return jnp.concatenate([columns[i] for i in order], axis=1)
 
 
 def _round_robin(blocks: int) -> np.ndarray:

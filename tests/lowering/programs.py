@@ -27,7 +27,10 @@ NO_ROOTS = ("sirfshampoo", "ikfac", "ingd", "singd")  # matrix products alone
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """Sizes: images ``(batch, side, side, channels)``, a 3x3 convolution, two dense layers."""
+    """Sizes: images ``(batch, side, side, channels)``, a 3x3 convolution, two dense layers.
+
+    ``depth``: further layers in the middle, all alike.
+    """
 
     batch: int
     side: int
@@ -35,11 +38,13 @@ class Net:
     filters: int
     hidden: int
     classes: int
+    depth: int = 0
     dtype: Any = jnp.float32
 
     def params(self) -> dict[str, Any]:
         c, f, h, k = self.channels, self.filters, self.hidden, self.classes
         shapes = {"conv": (3, 3, c, f), "w1": (f, h), "b1": (h,), "w2": (h, k), "b2": (k,)}
+        shapes |= {f"middle{i}": (h, h) for i in range(self.depth)}
         return {name: jax.ShapeDtypeStruct(s, self.dtype) for name, s in shapes.items()}
 
     def data(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -64,6 +69,8 @@ def model(p: dict[str, Any], x: jax.Array) -> jax.Array:
     )
     x = jnp.mean(jnp.tanh(x), axis=(1, 2))
     x = jnp.tanh(jnp.matmul(x, p["w1"], precision=MODEL_PRECISION) + p["b1"][None, :])
+    for name in sorted(name for name in p if name.startswith("middle")):
+        x = jnp.tanh(jnp.matmul(x, p[name], precision=MODEL_PRECISION))
     return jnp.matmul(x, p["w2"], precision=MODEL_PRECISION) + p["b2"][None, :]
 
 
@@ -122,7 +129,6 @@ class Program:
       alias: name of the method.
       net: sizes and dtype of the model.
       options: arguments beside the learning rate and the spec.
-      products: whether the update holds any matrix product of its own.
     """
 
     name: str
