@@ -15,6 +15,7 @@ from kradagrad_jax.curvature.plan import Plan
 from kradagrad_jax.curvature.prepare import Prepared, prepare, report
 from kradagrad_jax.curvature.reducers import CustomReduce, Reducer, as_reducer
 from kradagrad_jax.curvature.spec import CaptureSpec
+from kradagrad_jax.engine import trees
 
 BatchArgnums = int | Sequence[int] | None
 AnyReducer = str | Reducer | CustomReduce
@@ -91,7 +92,8 @@ def value_grad_and_curvature(
       against underflow: it is taken out of the statistics, not of the gradients.
 
     Raises:
-      ValueError: see :func:`inspect`; a loss that is no scalar; an unknown reducer or reduction.
+      ValueError: see :func:`inspect`; a loss that is no scalar; an unknown reducer or reduction;
+        arguments that are divided over Explicit mesh axes.
 
     References:
       Martens, Grosse, `K-FAC <https://arxiv.org/abs/1503.05671>`_; Eschenhagen et al.,
@@ -153,6 +155,12 @@ class Run:
     default_terms: bool = False
 
     def __post_init__(self) -> None:
+        if any(trees.explicit_sharding(x) for x in self.ready.values):
+            raise ValueError(
+                "statistics cannot be taken of arrays that are divided over Explicit mesh axes: "
+                "wrap the step, jax.sharding.auto_axes(step, out_sharding=jax.P()), or make the "
+                "mesh with axis_types=(AxisType.Auto,)"
+            )
         by_tap = _extra_by_tap(self.ready.plan, self.extra)
         static = isinstance(self.update_stats, bool)
         gate = None if static else jnp.asarray(self.update_stats, bool)
