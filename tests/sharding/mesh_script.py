@@ -141,8 +141,39 @@ def check_alias(name, takes, places):
         check_collectives(name, place, text)
 
 
+def check_other_counts():
+    """A state goes on with another number of devices."""
+    params, grads = nets.params(DTYPE), jax.tree.map(jnp.cos, nets.params(DTYPE))
+
+    def on(devices, **options):
+        mesh = jax.make_mesh(
+            (devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices]
+        )
+        place = NamedSharding(mesh, P())
+        tx = nets.make("shampoo", sharding=kj.Sharding("data", mesh, **options))
+        return tx, jax.device_put(params, place), jax.device_put(grads, place)
+
+    tx, p, g = on(8)
+    state = tx.init(p)
+    for _ in range(2):
+        _, state = jax.jit(tx.update)(g, state, p)
+    wanted = jax.device_get(jax.jit(tx.update)(g, state, p)[0])
+    sizes = {}
+    for devices in (1, 2, 3, 4):
+        tx, p, g = on(devices)
+        fitted = kj.fit_state(jax.device_get(state), tx.init(p))
+        found = jax.device_get(jax.jit(tx.update)(g, fitted, p)[0])
+        for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+        if devices != 3:
+            tx, p, g = on(devices, pad_to=8)
+            sizes[devices] = [x.shape for x in jax.tree.leaves(jax.eval_shape(tx.init, p))]
+    assert sizes[1] == sizes[2] == sizes[4] == [x.shape for x in jax.tree.leaves(state)]
+
+
 if __name__ == "__main__":
     check_refresh()
+    check_other_counts()
     takes = {}
     places = list(PLACES) if jnp.float64 == DTYPE else ["data parallel"]
     for alias in sys.argv[2:]:
