@@ -56,15 +56,6 @@ def test_init_is_abstract_and_structure_is_kept(entry):
     assert all(x.size for x in jax.tree.leaves(state))
 
 
-@each(names=nets.FAMILIES)
-def test_bfloat16(entry):
-    p = nets.params(dtype=jnp.bfloat16)
-    p, state, losses = trained(entry.make(), 20, p)
-    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(p))
-    assert all_finite(p) and all_finite(state)
-    assert np.mean(losses[-4:]) < np.mean(losses[:4])
-
-
 @each()
 def test_bad_numbers_change_nothing(entry):
     p = nets.params()
@@ -120,17 +111,6 @@ def test_wrappers(entry, wrapper):
             ours[name],
             expected[name],
         )
-
-
-@each(names=nets.FAMILIES)
-def test_several_steps(entry):
-    p = nets.params()
-    _, grads, found = nets.measured(p)
-    several = optax.MultiSteps(nets.compiled(entry)[0], 2)
-    state, update = several.init(p), jax.jit(several.update)
-    for _ in range(2):
-        updates, state = update(grads, state, p, curvature=found)
-    assert all_finite(updates) and any(np.any(x) for x in jax.tree.leaves(updates))
 
 
 @each(names=nets.FAMILIES)

@@ -160,7 +160,9 @@ def broken(state: Any) -> Any:
                 return factor._replace(pairs=factor.pairs._replace(w=nan(factor.pairs.w)))
             return factor._replace(m=nan(factor.m))
         name = next((n for n in ("statistics", "values") if hasattr(factor, n)), None)
-        return nan(factor) if name is None else factor._replace(**{name: nan(getattr(factor, name))})
+        if name is None:
+            return nan(factor)
+        return factor._replace(**{name: nan(getattr(factor, name))})
 
     def of_engine(x: Any) -> Any:
         own = isinstance(x, BlockState)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.registry import all_finite
 from tests.scale import zoo
-from tests.scale.zoo import over_all
+from tests.scale.zoo import over_all, over_families
 
 HALF = {"dense0": jnp.float16, "dense1": jnp.bfloat16, "scale": jnp.float16}
 # who stores factors in half precision: those whose factors are products of themselves only, and
@@ -37,7 +37,7 @@ def shared_update(case):
     return jax.jit(case.make().update, compiler_options=zoo.QUICK)
 
 
-@over_all
+@over_families
 def test_half_precision(case):
     """Both formats: dtypes, the numbers of float32 up to rounding, and a loss that falls."""
     p, update = half(zoo.params()), shared_update(case)
@@ -66,7 +66,7 @@ def test_half_precision(case):
 def test_who_stores_factors_in_half_precision(case):
     """Those that factorise say so, with the remedy."""
     if case.name not in STORES:
-        with pytest.raises(ValueError, match="factor_dtype must be float32 or float64.*lower"):
+        with pytest.raises(ValueError, match=r"factor_dtype must be float32 or float64.*lower"):
             case.make(factor_dtype=jnp.bfloat16).init(zoo.params())
         return
     state = jax.eval_shape(case.make(factor_dtype=jnp.bfloat16).init, zoo.params())

@@ -119,7 +119,7 @@ class Case:
         x, y = batch(step) if data is None else data
         key = jax.random.key(step)
         loss, grads, found = _measure(self.kind)(p, x.astype(p["scale"].dtype), y, key)
-        return loss, grads, {} if found is None else {"curvature": found}
+        return loss, grads, {"curvature": found}  # None for gradient-only methods, which ignore it
 
     def step(self, p: Tree, state: Any, step: int, data: Any = None) -> tuple[Tree, Any, float]:
         """One step of training: parameters, state, and the loss before it."""
@@ -198,7 +198,6 @@ def counters(state: Any) -> dict[str, int]:
     """The engine's counters."""
     found = engine_state(state)
     return {name: int(getattr(found, name)) for name in COUNTERS}
-
 
 
 def blocks(state: Any) -> int:
