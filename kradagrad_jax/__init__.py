@@ -37,6 +37,9 @@ from kradagrad_jax.factors.method import Step as Step
 from kradagrad_jax.linalg.structures import Structure as Structure
 from kradagrad_jax.linalg.structures import structure as structure
 from kradagrad_jax.transforms import adapt_damping as adapt_damping
+from kradagrad_jax.transforms import (
+    apply_updates_stochastically as apply_updates_stochastically,
+)
 from kradagrad_jax.transforms import scale_by_b_kfac as scale_by_b_kfac
 from kradagrad_jax.transforms import scale_by_bc_kfac as scale_by_bc_kfac
 from kradagrad_jax.transforms import scale_by_br_kfac as scale_by_br_kfac

@@ -323,7 +323,10 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
         own = None if params is None else trees.widened(params)
         return run.update(trees.widened(updates), state, own, **extra)
 
-    return optax.GradientTransformationExtraArgs(lambda p: run.init(trees.widened(p)), update)
+    def init(params: Any) -> Any:
+        return run.init(trees.widened(params))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _on_rest(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

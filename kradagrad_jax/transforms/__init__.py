@@ -11,6 +11,9 @@ from kradagrad_jax.transforms.lowrank import scale_by_br_kfac as scale_by_br_kfa
 from kradagrad_jax.transforms.lowrank import scale_by_brc_kfac as scale_by_brc_kfac
 from kradagrad_jax.transforms.lowrank import scale_by_rs_kfac as scale_by_rs_kfac
 from kradagrad_jax.transforms.lowrank import scale_by_sre_kfac as scale_by_sre_kfac
+from kradagrad_jax.transforms.rounding import (
+    apply_updates_stochastically as apply_updates_stochastically,
+)
 from kradagrad_jax.transforms.shampoo import scale_by_shampoo as scale_by_shampoo
 from kradagrad_jax.transforms.singd import scale_by_ikfac as scale_by_ikfac
 from kradagrad_jax.transforms.singd import scale_by_ingd as scale_by_ingd

@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+import kradagrad_jax as kj
+from kradagrad_jax.transforms.rounding import stochastic_round
 from tests.registry import all_finite
 from tests.scale import zoo
 from tests.scale.zoo import over_all, over_families
@@ -93,3 +95,35 @@ def test_small_gradients_do_not_vanish():
     updates, state = shared_update(case)(grads, case.make().init(p), p, **extra)
     assert all_finite((updates, state)) and updates["scale"].dtype == jnp.float16
     np.testing.assert_allclose(np.asarray(updates["scale"], np.float32), -case.rate, rtol=2e-2)
+
+
+def test_stochastic_rounding_is_right_in_the_mean():
+    x = jnp.asarray([1.001, -3.3e-5, 7e37, 0.0, 1.0, jnp.inf, -jnp.inf, jnp.nan], jnp.float32)
+    draws = jax.vmap(lambda k: stochastic_round(x, k))(jax.random.split(jax.random.key(0), 4000))
+    down, up = (np.asarray(v, np.float32) for v in (jnp.min(draws, axis=0), jnp.max(draws, axis=0)))
+    assert draws.dtype == jnp.bfloat16
+    exact = np.asarray(draws[:, 3:], np.float32)
+    np.testing.assert_array_equal(exact, np.broadcast_to(x[3:], exact.shape))
+    assert np.all((down[:3] < x[:3]) & (x[:3] < up[:3]))
+    assert all(len(np.unique(np.asarray(c, np.float32))) == 2 for c in draws[:, :3].T)
+    mean = np.mean(np.asarray(draws[:, :3], np.float64), axis=0)
+    np.testing.assert_allclose(mean, x[:3], rtol=3e-4)  # the spacing is 4e-3 to 8e-3
+
+
+def test_small_updates_arrive_in_bfloat16_parameters():
+    """500 updates of 1/1000: lost one by one if rounded to nearest."""
+    p = {"w": jnp.ones(100, jnp.bfloat16), "b": jnp.ones(2), "n": None, "m": optax.MaskedNode()}
+    u = {"w": jnp.full(100, 1e-3), "b": jnp.full(2, 1e-3), "n": None, "m": optax.MaskedNode()}
+
+    @jax.jit
+    def run(p):
+        def body(t, p):
+            return kj.apply_updates_stochastically(p, u, jax.random.fold_in(jax.random.key(1), t))
+
+        return jax.lax.fori_loop(0, 500, body, p)
+
+    ours, lost = run(p), optax.apply_updates({"w": p["w"]}, {"w": u["w"]})
+    assert names(ours) == {"bfloat16", "float32"} and ours["n"] is None
+    assert np.all(lost["w"] == 1)
+    np.testing.assert_allclose(np.mean(np.asarray(ours["w"], np.float32)), 1.5, rtol=1e-2)
+    np.testing.assert_allclose(ours["b"], 1.5, rtol=1e-4)
