@@ -1,0 +1,65 @@
+"""The pages for new users: their code runs, their error messages are those of the source."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
+ELSEWHERE = ("(Python)", "(optax)")  # whose message it is, where it is not ours
+
+
+@pytest.mark.parametrize("page", ["install", "coming_from", "troubleshooting"])
+def test_the_code_of_a_page_runs(page, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
+    assert blocks
+    code = "\n".join(blocks)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def messages():
+    """Strings of errors and warnings; what an f-string fills in is one character."""
+    for path in (ROOT / "kradagrad_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            warns = isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn"
+            if not warns and not isinstance(node, ast.Raise):
+                continue
+            for part in ast.walk(node):
+                if isinstance(part, ast.JoinedStr):
+                    values = [v.value if isinstance(v, ast.Constant) else "\0" for v in part.values]
+                    yield "".join(map(str, values))
+                elif isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield part.value
+
+
+def test_messages_are_those_of_the_source():
+    """First columns of the tables under a heading `message`; `..` stands for anything."""
+    text = (DOCS / "troubleshooting.md").read_text()
+    tables = re.findall(r"\| message \|.*?\n\|---\|---\|\n((?:\|.*\n)+)", text)
+    rows = [row.split(" | ")[0] for table in tables for row in table.splitlines()]
+    rows = [row for row in rows if not any(name in row for name in ELSEWHERE)]
+    found = [
+        (double or single).strip()
+        for row in rows
+        for double, single in re.findall(r"``(.*?)``|`([^`]*)`", row)
+    ]
+    assert len(found) > 25
+    source = list(messages())
+    for message in found:
+        pattern = ".*".join(re.escape(part.strip()) for part in message.split(".."))
+        matching = [s for s in source if re.search(pattern, s, re.DOTALL)]
+        assert matching, message
