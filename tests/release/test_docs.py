@@ -7,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+import kradagrad_jax as kj
+from kradagrad_jax import curvature
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -63,3 +68,32 @@ def test_messages_are_those_of_the_source():
         pattern = ".*".join(re.escape(part.strip()) for part in message.split(".."))
         matching = [s for s in source if re.search(pattern, s, re.DOTALL)]
         assert matching, message
+
+
+def test_numbers_of_state_are_those_of_the_table():
+    """Column "per weight" of docs/choosing.md: a 1024 x 1024 layer, a batch of 128."""
+    text = (DOCS / "choosing.md").read_text().split("| per weight |")[1]
+    table = re.match(r".*\n\|(?:---\|)+\n((?:\|.*\n)+)", text)
+    assert table
+    said = {}
+    for row in table[1].splitlines():
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        for name in re.findall(r"\[`(\w+)`\]", cells[0]):
+            said[name] = [float(x) for x in re.findall(r"[\d.]+", cells[4])]
+    params = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
+    batch = jax.ShapeDtypeStruct((128, 1024), jnp.float32)
+    spec = curvature.inspect(lambda p, x: jnp.mean((x @ p["w"]) ** 2), params, batch)
+    gradients_alone = ("shampoo", "kradagrad_star", "kradagrad", "sirfshampoo", "tnt", "ginger")
+
+    def numbers(name, **options):
+        alias = getattr(kj, name)
+        tx = alias(1e-3, *(() if name in gradients_alone else (spec,)), **options)
+        state = jax.eval_shape(tx.init, params)
+        return sum(x.size for x in jax.tree.leaves(state)) / 1024**2
+
+    assert len(said) == 16
+    for name, (default, *hierarchical) in said.items():
+        assert numbers(name) == pytest.approx(default, abs=0.01), name
+        if hierarchical:
+            sparse = numbers(name, structures="hierarchical:15,15")
+            assert sparse == pytest.approx(hierarchical[0], abs=0.01), name
