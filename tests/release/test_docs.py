@@ -20,11 +20,14 @@ ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
 ELSEWHERE = ("(Python)", "(optax)")  # whose message it is, where it is not ours
 
 
-@pytest.mark.parametrize("page", ["install", "coming_from", "troubleshooting"])
+PAGES = [f"docs/{name}" for name in ("install", "coming_from", "troubleshooting", "adding")]
+
+
+@pytest.mark.parametrize("page", [pytest.param("README", marks=pytest.mark.slow), *PAGES])
 def test_the_code_of_a_page_runs(page, tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
-    assert blocks
-    code = "\n".join(blocks)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / f"{page}.md").read_text(), re.DOTALL)
+    start = next(i for i, block in enumerate(blocks) if "import" in block)
+    code = "\n".join(block for block in blocks[start:] if not block.startswith("register("))
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=tmp_path,
@@ -34,6 +37,24 @@ def test_the_code_of_a_page_runs(page, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_pages_of_methods_have_all_parts():
+    """Equations, presets, differences from the paper, what was reproduced and what was not."""
+    pages = sorted((DOCS / "methods").glob("*.md"))
+    assert len(pages) == 8
+    for page in pages:
+        text = page.read_text()
+        parts = (
+            r"\$\$",
+            "preset",
+            "differ",
+            r"\n## Reproduced, and not",
+            "not (attempted|reproduced):",
+        )
+        missing = [part for part in parts if not re.search(part, text, re.IGNORECASE)]
+        assert not missing, (page.name, missing)
+        assert f"methods/{page.stem}\n" in (DOCS / "index.md").read_text()
 
 
 def messages():
