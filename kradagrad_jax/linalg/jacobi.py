@@ -12,7 +12,7 @@ import numpy as np
 
 from kradagrad_jax.linalg.products import matmul
 
-_SWEEPS = 20  # six or seven are usual
+_SWEEPS = 20  # three to eight are usual
 
 
 def block_eigh(
@@ -89,7 +89,7 @@ def _sweeps(
 
     def unfinished(carry):
         *_, now, before, count = carry
-        stuck = (now < 64 * enough) & (now > 0.5 * before)  # at the level of rounding
+        stuck = (now < 32 * enough) & (now > 0.5 * before)  # at the level of rounding
         return (now > enough) & ~stuck & (count < _SWEEPS)
 
     v = jnp.eye(total, dtype=a.dtype) + 0 * a  # as varying over devices as `a`

@@ -8,6 +8,7 @@ import re
 
 import jax
 import pytest
+from jax import export as jax_export
 
 from tests.lowering import programs
 
@@ -18,7 +19,7 @@ OURS = "HIGHEST, HIGHEST"
 
 def export(function, arguments):
     """The exported program, checked against the shapes that tracing gives, and its text."""
-    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
+    exported = jax_export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
     assert exported.platforms == PLATFORMS
     expected = jax.tree.leaves(jax.eval_shape(function, *arguments))
     found = [(x.shape, x.dtype) for x in exported.out_avals]
