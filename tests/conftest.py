@@ -8,6 +8,10 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = Path(__file__).resolve().parent.parent
+# Many tests compile the same program: workers and child processes find it on disk.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 if str(ROOT) not in sys.path:  # `tests.*` and a checkout that is not installed
     sys.path.insert(0, str(ROOT))
 # The inner floors, where annotations are the contract. The public face has messages of its own for

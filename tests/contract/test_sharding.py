@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["explicit", "explicit-numbers", "auto"])
+@pytest.mark.parametrize("kind", ["explicit", "auto"])
 def test_mesh(kind):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",

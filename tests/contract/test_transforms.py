@@ -205,15 +205,3 @@ def test_kernels_do_not_multiply_with_depth(entry):
         counts.append((text.count(" eigh["), text.count("dot_general[")))
     assert counts[0] == counts[1]
     assert counts[0][0] > 0
-
-
-@over_entries
-def test_every_platform_lowers(entry):
-    """Programs for CPU, CUDA and TPU; every product asks for full precision."""
-    params = params_like()
-    tx = entry.make()
-    exported = jax.export.export(jax.jit(tx.update), platforms=["cpu", "cuda", "tpu"])
-    text = exported(params, tx.init(params), params).mlir_module()
-    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-    assert products
-    assert all("HIGHEST, HIGHEST" in line for line in products)

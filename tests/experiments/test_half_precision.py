@@ -17,12 +17,12 @@ def test_rounding_keeps_dtypes_and_what_is_no_float():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("SINGD")])
+@pytest.mark.parametrize("name", ["SINGD dense, factors bf16", "SINGD hierarchical"])
 def test_nothing_is_ever_non_finite(name):
     """The table of docs/methods/singd.md has 1,000 steps; this is its beginning."""
-    out = train(CASES[name], make_task("characters", TASK), 200)
+    out = train(CASES[name], make_task("characters", TASK), 100)
     assert (out.losses, out.skipped, out.rejected, out.left) == (0, 0, 0, 0)
-    assert out.end < out.start - 1
+    assert out.end < out.start - 0.5
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from kradagrad_jax.experiments.compare import execute
 from kradagrad_jax.experiments.plan import all_series
 from kradagrad_jax.experiments.store import Store
 
-pytestmark = pytest.mark.slow
+# one worker: all tests read the same runs
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quadratic")]
 VARIANTS = ("q = 8", "q = 2")
 
 
