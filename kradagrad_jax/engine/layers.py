@@ -59,7 +59,7 @@ class Packing(NamedTuple):
             for i in (weight, bias):
                 if i is not None:
                     leaves[i] = optax.MaskedNode()
-        return {LAYERS: matrices, REST: self.treedef.unflatten(leaves)}
+        return {LAYERS: matrices, REST: trees.unflatten(self.treedef, leaves)}
 
     def _whole(self, x: Any) -> Any:
         if self.mesh is None or not isinstance(x, jax.Array):

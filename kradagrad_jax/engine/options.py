@@ -96,4 +96,4 @@ def uncovered_only(tree: Any, plan: Plan) -> Any:
     real = [i for i, x in enumerate(leaves) if not trees.is_masked(x)]
     for leaf in plan.covered:
         leaves[real[leaf.index]] = optax.MaskedNode()
-    return treedef.unflatten(leaves)
+    return trees.unflatten(treedef, leaves)

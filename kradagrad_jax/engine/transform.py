@@ -135,7 +135,7 @@ def _init(o: Options, params: Any) -> BlockState:
             if wanted[j] and 0 not in leaves[i].shape:
                 own = dtype or factor_dtype_of(leaves[i].dtype)
                 out[i] = jnp.zeros_like(leaves[i], dtype=own)
-        return treedef.unflatten(out)
+        return trees.unflatten(treedef, out)
 
     squares = [g is not None and g.adaptive for g in (grafts[j] for j in range(len(real)))]
     return state._replace(

@@ -19,6 +19,22 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
     return jax.tree.flatten(tree, is_leaf=is_masked)
 
 
+def unflatten(treedef: Any, leaves: list[Any]) -> Any:
+    """The tree of leaves and ``MaskedNode``.
+
+    A box of flax (nnx.Variable) around a ``MaskedNode`` is left out: flax 0.11 cannot hold one.
+    """
+
+    def unboxed(x: Any) -> Any:
+        return optax.MaskedNode() if _is_box(x) and not jax.tree.leaves(x) else x
+
+    return jax.tree.map(unboxed, treedef.unflatten(leaves), is_leaf=_is_box)
+
+
+def _is_box(x: Any) -> bool:
+    return hasattr(type(x), "get_metadata")
+
+
 def _name(entry: Any) -> str:
     for attribute in ("key", "name", "idx"):
         if hasattr(entry, attribute):

@@ -160,7 +160,8 @@ def test_nnx_model_with_a_list_of_layers():
 
     class Model(nnx.Module):
         def __init__(self, rngs):
-            self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)])
+            layers = [nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)]
+            self.layers = getattr(nnx, "List", list)(layers)  # flax 0.11 takes lists
 
         def __call__(self, x):
             return self.layers[1](jnp.tanh(self.layers[0](x)))
