@@ -79,11 +79,11 @@ def fit_state(state: Any, like: Any) -> Any:
                 f"fit_state: '{path}' is {x.dtype}{x.shape} in the state and {y.dtype}{y.shape} in "
                 "the new one: they are of different parameters, layouts or dtypes"
             )
-        x = jax.device_get(x)
+        host = np.asarray(jax.device_get(x))
         if x.shape != y.shape:
-            x = np.concatenate([x[: y.shape[0]], jax.device_get(y)[len(x) :]])
+            host = np.concatenate([host[: y.shape[0]], np.asarray(jax.device_get(y))[len(host) :]])
         # an array that lies nowhere in particular must not be tied to a device
-        return jax.device_put(x, y.sharding) if y.committed else jnp.asarray(x)
+        return jax.device_put(host, y.sharding) if y.committed else jnp.asarray(host)
 
     pairs = zip(leaves, jax.tree.leaves(state), strict=True)
     return treedef.unflatten([fit(trees.path_name(path), x, y) for (path, y), x in pairs])
