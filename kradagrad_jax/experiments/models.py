@@ -1,43 +1,51 @@
 """The Flax models of the tasks. Their parameters are plain dicts of arrays."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+Activation = Literal["relu", "tanh", "sigmoid"]
+
 
 class MLP(nn.Module):
-    """Dense layers with ReLU between them.
+    """Dense layers with ReLU (or what is asked for) between them.
 
     Attributes:
-      widths: outputs of every layer, the last one without ReLU.
+      widths: outputs of every layer, the last one without activation.
+      activation: between the layers.
     """
 
     widths: Sequence[int]
+    activation: Activation = "relu"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(n, inputs)`` to ``(n, widths[-1])``."""
+        between = getattr(nn, self.activation)
         for i, width in enumerate(self.widths):
-            x = nn.Dense(width)(x if i == 0 else nn.relu(x))
+            x = nn.Dense(width)(x if i == 0 else between(x))
         return x
 
 
 class Autoencoder(nn.Module):
-    """Encoder and its mirror image, ReLU, linear code, logits of the pixels.
+    """Encoder and its mirror image, linear code, logits of the pixels.
 
     Attributes:
       widths: pixels first, code last, e.g. ``(64, 128, 64, 32, 16)``.
+      activation: between the layers.
     """
 
     widths: Sequence[int]
+    activation: Activation = "relu"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(n, pixels)`` to ``(n, pixels)``."""
-        code = MLP(tuple(self.widths[1:]), name="encoder")(x)
-        return MLP(tuple(reversed(self.widths[:-1])), name="decoder")(code)
+        code = MLP(tuple(self.widths[1:]), self.activation, name="encoder")(x)
+        return MLP(tuple(reversed(self.widths[:-1])), self.activation, name="decoder")(code)
 
 
 class ConvNet(nn.Module):
@@ -61,6 +69,73 @@ class ConvNet(nn.Module):
             if i < len(self.channels) - 1:
                 x = nn.avg_pool(x, (2, 2), (2, 2))
         return nn.Dense(self.outputs)(jnp.mean(x, axis=(1, 2)))
+
+
+class ConvNet1D(nn.Module):
+    """Convolutions of stride 2 with ReLU on signals, then one dense layer on all that is left.
+
+    Attributes:
+      channels: of the convolutions (window 5, padded).
+      outputs: number of classes.
+    """
+
+    channels: Sequence[int]
+    outputs: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(n, length)`` to ``(n, outputs)``."""
+        x = x[..., None]
+        for width in self.channels:
+            x = nn.relu(nn.Conv(width, (5,), strides=(2,))(x))
+        return nn.Dense(self.outputs)(x.reshape(len(x), -1))
+
+
+class Factorisation(nn.Module):
+    """Inner product of two embeddings, plus an offset of each side and a constant.
+
+    Attributes:
+      users, items: number of rows of the two tables.
+      rank: length of the embeddings.
+      mean: the constant.
+    """
+
+    users: int
+    items: int
+    rank: int = 16
+    mean: float = 0.0
+
+    @nn.compact
+    def __call__(self, pairs: jax.Array) -> jax.Array:
+        """``(n, 2)`` int32, user and item, to ``(n,)``."""
+        start = nn.initializers.normal(self.rank**-0.5)  # of unit length on average
+        vectors, offsets = [], []
+        for i, (name, size) in enumerate((("user", self.users), ("item", self.items))):
+            table = nn.Embed(size, self.rank, embedding_init=start, name=name)
+            offset = nn.Embed(size, 1, embedding_init=nn.initializers.zeros, name=f"{name}_offset")
+            vectors.append(table(pairs[:, i]))
+            offsets.append(offset(pairs[:, i])[:, 0])
+        return self.mean + jnp.sum(vectors[0] * vectors[1], axis=-1) + offsets[0] + offsets[1]
+
+
+class GraphConvNet(nn.Module):
+    """Dense layers whose outputs are averaged over neighbours, ReLU between them.
+
+    Attributes:
+      widths: of the hidden layers.
+      outputs: classes of a node.
+    """
+
+    widths: Sequence[int]
+    outputs: int
+
+    @nn.compact
+    def __call__(self, graphs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Features ``(n, nodes, features)``, adjacency ``(n, nodes, nodes)`` to logits per node."""
+        x, adjacency = graphs
+        for width in self.widths:
+            x = nn.relu(adjacency @ nn.Dense(width)(x))
+        return nn.Dense(self.outputs)(x)
 
 
 class Attention(nn.Module):

@@ -12,7 +12,7 @@ import optax
 
 from kradagrad_jax.curvature import losses
 from kradagrad_jax.experiments import data, models
-from kradagrad_jax.experiments.names import check_keys, lookup
+from kradagrad_jax.experiments.names import UsageError, check_keys, lookup
 
 Metrics = dict[str, jax.Array]
 
@@ -61,23 +61,49 @@ class Task(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A registered task: ``"module:function"`` of keyword options, and a line for ``list``."""
+    """A registered task.
+
+    Attributes:
+      target: ``"module:function"`` of keyword options.
+      summary: a line for ``list``.
+      defaults: options that make the task what its name says.
+      paper: what the option ``size = "paper"`` stands for: the size of the literature, for a GPU.
+        Empty: the task has no such size.
+    """
 
     target: str
     summary: str
     defaults: dict[str, Any]
+    paper: dict[str, Any] = {}  # noqa: RUF012 - never written to
 
 
 TASKS: dict[str, Entry] = {}
 
 
-def register(name: str, target: str, summary: str, **defaults: Any) -> None:
+def register(
+    name: str, target: str, summary: str, paper: dict[str, Any] | None = None, **defaults: Any
+) -> None:
     """Adds a task to the registry under ``name``."""
-    TASKS[name] = Entry(target, summary, defaults)
+    TASKS[name] = Entry(target, summary, defaults, paper or {})
+
+
+def _sized(name: str, entry: Entry, options: dict[str, Any]) -> dict[str, Any]:
+    """Options with ``size`` replaced by what it stands for; what is given beside it wins."""
+    size = options.get("size", "small")
+    if size not in ("small", "paper"):
+        raise UsageError(f"task '{name}': size is 'small' or 'paper', got {size!r}")
+    if size == "paper" and not entry.paper:
+        raise UsageError(f"task '{name}' has one size only")
+    given = {key: value for key, value in options.items() if key != "size"}
+    return (entry.paper if size == "paper" else {}) | given
 
 
 def make_task(name: str, options: dict[str, Any]) -> Task:
     """Builds a registered task.
+
+    Args:
+      name: key of the registry.
+      options: arguments of its function; ``size`` = ``"paper"`` stands for those of the entry.
 
     Raises:
       UsageError: unknown name or option; the task's data is absent.
@@ -85,7 +111,9 @@ def make_task(name: str, options: dict[str, Any]) -> Task:
     entry = lookup(TASKS, name, "task")
     module, attribute = entry.target.split(":")
     function = getattr(importlib.import_module(module), attribute)
-    check_keys(options, inspect.signature(function).parameters, f"task '{name}'")
+    options = _sized(name, entry, options)
+    known = [*inspect.signature(function).parameters, *(["size"] if entry.paper else [])]
+    check_keys(options, known, f"task '{name}'")
     return function(**(entry.defaults | options))
 
 
@@ -101,7 +129,7 @@ def shuffled(size: int, batch_size: int) -> Callable[[int, int], np.ndarray]:
     return order
 
 
-def _supervised(
+def supervised(
     model: Any, examples: Any, likelihood: Any, size: int, batch_size: int, **data: Any
 ) -> Task:
     """A task of inputs, targets and a likelihood.
@@ -139,11 +167,13 @@ def _load(source: str) -> data.Split:
     return {"digits": data.digits, "fashion": data.fashion_mnist}[source]()
 
 
-def _labelled(images: data.Images, rows: Any) -> tuple[Any, Any]:
+def labelled(images: data.Images, rows: Any) -> tuple[Any, Any]:
+    """Rows of images and their labels."""
     return images.x[rows], images.y[rows]
 
 
-def _itself(images: data.Images, rows: Any) -> tuple[Any, Any]:
+def itself(images: data.Images, rows: Any) -> tuple[Any, Any]:
+    """Rows of images, as inputs and as targets."""
     return images.x[rows], images.x[rows]
 
 
@@ -153,7 +183,7 @@ def classifier(
     """An MLP with hidden layers ``widths`` on ten classes, cross entropy."""
     split, likelihood = _load(source), losses.softmax_cross_entropy()
     size, model = len(split.train.x), models.MLP((*widths, 10))
-    return _supervised(model, _labelled, likelihood, size, batch_size, **split._asdict())
+    return supervised(model, labelled, likelihood, size, batch_size, **split._asdict())
 
 
 def convnet(
@@ -162,7 +192,7 @@ def convnet(
     """A small convolutional net on ten classes, cross entropy."""
     split, likelihood = _load(source), losses.softmax_cross_entropy()
     size, model = len(split.train.x), models.ConvNet(tuple(channels))
-    task = _supervised(model, _labelled, likelihood, size, batch_size, **split._asdict())
+    task = supervised(model, labelled, likelihood, size, batch_size, **split._asdict())
     return task._replace(scan=False)
 
 
@@ -173,7 +203,7 @@ def autoencoder(
     split = _load(source)
     likelihood = losses.sigmoid_binary_cross_entropy(event_dims=0)  # every pixel is a loss term
     size, model = len(split.train.x), models.Autoencoder((split.train.x.shape[1], *widths))
-    return _supervised(model, _itself, likelihood, size, batch_size, **split._asdict())
+    return supervised(model, itself, likelihood, size, batch_size, **split._asdict())
 
 
 def characters(
@@ -204,12 +234,11 @@ def characters(
 
     train, valid = cut(text.train, None), cut(text.valid, valid_size)
     likelihood = losses.softmax_cross_entropy()
-    return _supervised(
-        model, examples, likelihood, len(train), batch_size, train=train, valid=valid
-    )
+    return supervised(model, examples, likelihood, len(train), batch_size, train=train, valid=valid)
 
 
 _HERE, _QUADRATIC = "kradagrad_jax.experiments.tasks", "kradagrad_jax.experiments.quadratic"
+_WORKLOADS = "kradagrad_jax.experiments.workloads"
 
 register("quadratic", f"{_QUADRATIC}:quadratic", "tr(X' A X B), condition 1e20, full batch")
 register("digits", f"{_HERE}:classifier", "MLP on scikit-learn's 8x8 digits")
@@ -229,9 +258,32 @@ register(
     "fashion_autoencoder",
     f"{_HERE}:autoencoder",
     "Deep autoencoder of Fashion-MNIST",
+    paper={"widths": (1000, 500, 250, 30)},  # which is the size of small, too
     source="fashion",
     widths=(1000, 500, 250, 30),
 )
 register(
-    "characters", f"{_HERE}:characters", "Transformer on the characters of Python's help texts"
+    "characters",
+    f"{_HERE}:characters",
+    "Transformer on the characters of Python's help texts",
+    paper={"layers": 4, "width": 256, "length": 128, "batch_size": 32},
+)
+register(
+    "curves_autoencoder",
+    f"{_WORKLOADS}:curves_autoencoder",
+    "Deep autoencoder of curves-like images, drawn",
+    paper={"widths": (400, 200, 100, 50, 25, 6), "train_size": 20_000, "valid_size": 10_000},
+)
+register("mnist1d", f"{_WORKLOADS}:mnist1d", "MLP on MNIST-1D (pip install mnist1d)")
+register("mnist1d_conv", f"{_WORKLOADS}:mnist1d", "Convolutional net on MNIST-1D", kind="conv")
+register(
+    "matrix_factorisation",
+    f"{_WORKLOADS}:matrix_factorisation",
+    "Ratings of MovieLens' size, drawn, as low-rank matrix",
+)
+register(
+    "graph_convolution",
+    f"{_WORKLOADS}:graph_convolution",
+    "Graph convolutions on stochastic block models",
+    paper={"widths": (256, 256, 256), "nodes": 1000, "train_size": 200, "batch_size": 8},
 )
