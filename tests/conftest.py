@@ -24,7 +24,7 @@ CHECKED = [
         f"kradagrad_jax.factors.{name}"
         for name in ("kfac", "lowrank", "singd", "sirfshampoo", "tnt")
     ),
-    *(f"kradagrad_jax.engine.{name}" for name in ("buckets", "layers", "report")),
+    *(f"kradagrad_jax.engine.{name}" for name in ("buckets", "layers", "packing", "report")),
     *(f"kradagrad_jax.engine.{name}" for name in ("stacks", "step", "timing", "trees")),
 ]
 
