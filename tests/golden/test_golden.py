@@ -23,6 +23,7 @@ from tests.golden import (
     kfac,
     official,
     precondition,
+    qng,
     singd,
     sirfshampoo,
     tnt,
@@ -60,7 +61,7 @@ def build(file: Recorded, params: dict[str, jax.Array]) -> Case:
 # Families whose statistics are not gradients: `errors_of(raw)`, `tolerance_of(raw)`.
 FAMILIES = {
     name: module
-    for module in (kfac, brand, tnt, ginger, singd, sirfshampoo)
+    for module in (kfac, brand, tnt, ginger, qng, singd, sirfshampoo)
     for name in module.METHODS
 }
 
