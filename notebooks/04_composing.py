@@ -12,9 +12,10 @@
 # $$S \leftarrow \beta S + (1 - \beta)\, G G^T, \qquad u = (S + \rho)^{-1/2} G.$$
 #
 # **What you should see:** the first step agrees with a formula in numpy; as an optimizer it is
-# ahead of AdamW at one learning rate for all, with a state less than half as large as Shampoo's; its
-# statistic is exchanged without touching the factor, for one that is taken at every fifth step only
-# and does about as well; and a few lines more make a method of layer inputs, which does so, too.
+# ahead of AdamW at one learning rate for all, with a state less than half as large as Shampoo's.
+# Its statistic is exchanged without touching the factor, for one that is taken at every fifth step
+# only and does about as well; and a few lines more make a method of layer inputs, which does so,
+# too.
 
 # %%
 import subprocess
@@ -220,8 +221,8 @@ plt.show()
 # ## What to try next
 #
 # * `RATE = 3e-2` for AdamW, `damping=` and `beta=` of the method.
-# * `kj.describe(params)` prints the blocks; `layout=kj.Layout(block_size=16)` cuts smaller ones, and
-#   `sharding=` spreads them over devices (`05_mesh`), both without a change of the method.
+# * `kj.describe(params)` prints the blocks; `layout=kj.Layout(block_size=16)` cuts smaller ones,
+#   and `sharding=` spreads them over devices (`05_mesh`), both without a change of the method.
 # * Several methods in one transformation: `kj.Layout(group=...)` with a dict of methods, or
 #   `optax.partition`.
 # * How the package's own methods are written: `kradagrad_jax/factors`, one file each.
