@@ -1,4 +1,4 @@
-"""The command ``kradagrad-jax``: list, run, compare."""
+"""The command ``kradagrad-jax``: list, run, compare, benchmark."""
 
 import sys
 
@@ -8,6 +8,8 @@ USAGE = """usage: kradagrad-jax COMMAND ...
   run TASK OPTIMIZER [...]    train once; 'run --help' lists the options
   compare CONFIG.toml [...]   several optimizers, learning rates and seeds: table and plot;
                               'compare CONFIG.toml --help' lists what can be overridden
+  benchmark CONFIG.toml [...] the same runs as a race: steps and seconds to the loss of the first
+                              optimizer, as ratios; also as a page (--page FILE.md) and CSV
 """
 
 
@@ -42,7 +44,12 @@ def _dispatch(command: str, rest: list[str]) -> int:
     from kradagrad_jax.experiments import commands
     from kradagrad_jax.experiments.names import lookup
 
-    known = {"list": commands.list_names, "run": commands.run, "compare": commands.compare}
+    known = {
+        "list": commands.list_names,
+        "run": commands.run,
+        "compare": commands.compare,
+        "benchmark": commands.benchmark,
+    }
     return lookup(known, command, "command")(rest)
 
 

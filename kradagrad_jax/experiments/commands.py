@@ -5,13 +5,13 @@ import shlex
 import textwrap
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 from threadpoolctl import threadpool_limits
 
-from kradagrad_jax.experiments import config, plots, summary, wording
-from kradagrad_jax.experiments.compare import execute
+from kradagrad_jax.experiments import config, page, plots, race, summary, wording
+from kradagrad_jax.experiments.compare import Findings, execute
 from kradagrad_jax.experiments.names import UsageError
 from kradagrad_jax.experiments.optimizers import OPTIMIZERS
 from kradagrad_jax.experiments.plan import all_series
@@ -34,14 +34,25 @@ class CompareRequest(config.Comparison):
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchmarkRequest(CompareRequest):
+    """Steps and seconds of several optimizers to a loss, as ratios to those of the first one."""
+
+    page: str = ""
+    """Markdown file to write, with the plot beside it; by default in the output folder."""
+
+
+@dataclasses.dataclass(frozen=True)
 class CompareUsage:
     """Run the comparison described in a file; print a table, write a plot.
 
-    Everything in the file can be overridden after its name: `compare CONFIG.toml --help`.
+    Everything in the file can be overridden after its name: `COMMAND CONFIG.toml --help`.
     """
 
     config: tyro.conf.Positional[Path]
-    """A TOML file, for example configs/quickstart.toml."""
+    """A TOML file, for example configs/digits_autoencoder.toml."""
+
+
+Request = TypeVar("Request", bound=CompareRequest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,28 +127,81 @@ def run(arguments: list[str]) -> int:
     return _conduct(comparison, (), resume=False, overwrite=True, again="")
 
 
-def compare(arguments: list[str]) -> int:
-    """``kradagrad-jax compare CONFIG``."""
+def _request(kind: type[Request], command: str, arguments: list[str]) -> tuple[Request, str]:
+    """What is asked for, and the command line that asks for it from the start."""
     if not arguments or arguments[0].startswith("-"):
-        path = tyro.cli(CompareUsage, args=arguments, prog="kradagrad-jax compare").config
+        path = tyro.cli(CompareUsage, args=arguments, prog=f"kradagrad-jax {command}").config
         arguments = [str(path)]
     loaded = config.load(Path(arguments[0]))
     request = tyro.cli(
-        CompareRequest,
+        kind,
         args=arguments[1:],
-        default=CompareRequest(**vars(loaded)),
-        prog=f"kradagrad-jax compare {arguments[0]}",
+        default=kind(**vars(loaded)),
+        prog=f"kradagrad-jax {command} {arguments[0]}",
     )
     if request.resume and request.overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     again = [a for a in arguments if a not in ("--resume", "--overwrite")]
+    return request, shlex.join(["kradagrad-jax", command, *again])
+
+
+def compare(arguments: list[str]) -> int:
+    """``kradagrad-jax compare CONFIG``."""
+    request, line = _request(CompareRequest, "compare", arguments)
     return _conduct(
         request,
         request.only,
         resume=request.resume,
         overwrite=request.overwrite,
-        again=shlex.join(["kradagrad-jax", "compare", *again, "--resume"]),
+        again=f"{line} --resume",
     )
+
+
+def benchmark(arguments: list[str]) -> int:
+    """``kradagrad-jax benchmark CONFIG``."""
+    request, line = _request(BenchmarkRequest, "benchmark", arguments)
+    c, left_out = race.available(request)
+    for text in left_out:
+        print(f"left out: {text}")
+    rows = all_series(c, tuple(name for name in request.only if name in c.optimizers))
+    store = Store(Path(c.output), resume=request.resume, overwrite=request.overwrite)
+    load = [page.load_average()]
+    with threadpool_limits(1, user_api="blas"):
+        findings = execute(c, rows, store)
+    load.append(page.load_average())
+    found = race.races(c, rows, findings)
+    tables = [summary.Table(r.variant, r.target, [x.row for x in r.lines]) for r in found]
+    written = race.write(c, store, found, summary.results(c, tables, findings))
+    if plots.draw(tables, c.title, store.folder / PLOT):
+        written.append(store.folder / PLOT)
+    about = page.About(line, tuple(left_out), tuple(load))
+    path = Path(request.page) if request.page else store.folder / "page.md"
+    page.publish(path, page.markdown(c, found, about), store.folder / PLOT)
+    _report_race(c, found, [*written, path])
+    return _exit_status(findings, f"{line} --resume")
+
+
+def _report_race(c: config.Comparison, found: list[race.Race], written: list[Path]) -> None:
+    print(f"\n{c.title or c.task}")
+    for one in found:
+        print(f"\n{one.variant}\n" if one.variant else "")
+        table, *text = race.render(one, c.seeds)
+        print(table + "\n")
+        for sentence in text:
+            print(textwrap.fill(sentence, 100))
+    print()
+    for path in written:
+        print(f"{path.name}: {path}")
+
+
+def _exit_status(findings: Findings, again: str) -> int:
+    if not findings.missing:
+        return 0
+    print(
+        f"\ninterrupted with {findings.missing} runs to go"
+        + (f"; go on with\n  {again}" if again else "")
+    )
+    return INTERRUPTED
 
 
 def _conduct(
@@ -154,13 +218,7 @@ def _conduct(
     if plots.draw(tables, c.title, store.folder / PLOT):
         written.insert(0, store.folder / PLOT)
     _report(c, tables, written)
-    if not findings.missing:
-        return 0
-    print(
-        f"\ninterrupted with {findings.missing} runs to go"
-        + (f"; go on with\n  {again}" if again else "")
-    )
-    return INTERRUPTED
+    return _exit_status(findings, again)
 
 
 def _report(c: config.Comparison, tables: list[summary.Table], written: list[Path]) -> None:

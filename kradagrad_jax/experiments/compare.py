@@ -38,10 +38,11 @@ class Findings(NamedTuple):
 class Progress:
     """A bar on a terminal, one line per finished run elsewhere; both on stderr."""
 
-    def __init__(self, runs: int, steps: int):
-        self.runs, self.done = runs, 0
+    def __init__(self, runs: list[Run]):
+        self.runs, self.done = len(runs), 0
+        steps = sum(run.series.settings["steps"] for run in runs)
         self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=runs * steps, unit="step", disable=not self._terminal, leave=False)
+        self._bar = tqdm(total=steps, unit="step", disable=not self._terminal, leave=False)
 
     def start(self, run: Run) -> None:
         self._bar.set_description(f"{run.series.label}, lr {run.learning_rate:g}")
@@ -49,9 +50,10 @@ class Progress:
     def advance(self, steps: int) -> None:
         self._bar.update(steps)
 
-    def finish(self, run: Run, record: Record, select: str, steps: int) -> None:
+    def finish(self, run: Run, record: Record, select: str) -> None:
         self.done += 1
-        self._bar.update(steps - record.curve[-1].step)  # what a diverged run left out
+        left_out = run.series.settings["steps"] - record.curve[-1].step  # by a diverged run
+        self._bar.update(left_out)
         if not self._terminal:
             end = "diverged" if record.diverged else f"loss {record.loss(select):.4g}"
             name = " ".join(part for part in (run.series.variant, run.series.label) if part)
@@ -151,17 +153,17 @@ def execute(c: Comparison, rows: list[Series], store: Store) -> Findings:
         settings = json.dumps(series.settings, sort_keys=True)
         if settings in known_costs:
             costs[series.key] = known_costs[settings]
-    progress, worker, done = Progress(len(todo), c.steps), _Worker(), 0
+    progress, worker, done = Progress(todo), _Worker(), 0
     try:
         for run in todo:
             with worker.mode(run.series):
                 program = worker.program(run.series)
+                record = _train(run, program, store, progress)
                 if run.series.key not in costs:
                     costs[run.series.key] = _cost(run.series, program, store)
-                record = _train(run, program, store, progress)
             records[run.series.key].append(record)
             done += 1
-            progress.finish(run, record, c.select, c.steps)
+            progress.finish(run, record, c.select)
     except KeyboardInterrupt:
         pass  # the caller reports what is missing
     finally:

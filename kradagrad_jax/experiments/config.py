@@ -24,6 +24,9 @@ class OptimizerConfig:
     """All are run; the best one, averaged over seeds, is reported."""
     dtypes: tuple[Dtype, ...] = ("float32",)
     """Precisions of the optimizer's statistics and roots; each becomes a row of its own."""
+    schedule_lengths: tuple[int, ...] = ()
+    """Numbers of updates after which the schedule (and the run) ends, each a row of its own; by
+    default that of the comparison."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Arguments of the optimizer."""
 
@@ -68,6 +71,8 @@ class Comparison:
         for name, optimizer in self.optimizers.items():
             if not optimizer.learning_rates:
                 raise UsageError(f"[optimizers.{name}] needs at least one of learning_rates")
+            if any(length < 1 for length in optimizer.schedule_lengths):
+                raise UsageError(f"[optimizers.{name}]: schedule_lengths must be at least 1")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -31,12 +31,14 @@ class Optimizer(NamedTuple):
       summary: one line for ``kradagrad-jax list``.
       defaults: options that make the entry what its name says; configs may override them.
       capture: statistics beside the gradient; None: it needs none.
+      package: PyPI's name of an optional package that it comes from; "" for what is always there.
     """
 
     target: str | Callable[..., optax.GradientTransformation]
     summary: str
     defaults: dict[str, Any]
     capture: Capture | None = None
+    package: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,21 +74,37 @@ def register(
     target: str | Callable[..., optax.GradientTransformation],
     summary: str,
     capture: Capture | None = None,
+    package: str = "",
     **defaults: Any,
 ) -> None:
     """Adds an optimizer to the registry under ``name``."""
-    OPTIMIZERS[name] = Optimizer(target, summary, defaults, capture)
+    OPTIMIZERS[name] = Optimizer(target, summary, defaults, capture, package)
+
+
+def absent(name: str) -> str:
+    """Why an optimizer of an optional package cannot be used here, in one line; "" if it can."""
+    if not lookup(OPTIMIZERS, name, "optimizer").package:
+        return ""
+    try:
+        _function(name)
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def _function(name: str) -> Callable[..., optax.GradientTransformation]:
-    target = lookup(OPTIMIZERS, name, "optimizer").target
-    if callable(target):
-        return target
-    module, attribute = target.split(":")
+    entry = lookup(OPTIMIZERS, name, "optimizer")
+    if callable(entry.target):
+        return entry.target
+    module, attribute = entry.target.split(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"optimizer '{name}' needs {module}.{attribute}: {error}") from error
+    except Exception as error:
+        # packages made for another jax fail in any way when they are imported
+        if not (entry.package or isinstance(error, (ImportError, AttributeError))):
+            raise
+        needed = f"the package {entry.package}" if entry.package else f"{module}.{attribute}"
+        raise UsageError(f"optimizer '{name}' needs {needed}: {error}") from error
 
 
 def _config_object(option: str, value: Any) -> Any:
@@ -175,3 +193,10 @@ register(
     fisher="empirical", damping=1.0,
 )  # fmt: skip
 register("ginger", "kradagrad_jax:ginger", "Ginger: low-rank Gauss-Newton at linear cost", _SAMPLES)
+_PEERS = "kradagrad_jax.experiments.peers"
+register("psgd_kron", f"{_PEERS}:psgdax_kron", "PSGD, Kronecker factors", package="psgdax")
+register(
+    "distributed_kron", f"{_PEERS}:distributed_kron", "PSGD, Kronecker factors",
+    package="distributed-kron",
+)  # fmt: skip
+register("psgd_jax_kron", f"{_PEERS}:psgd_jax_kron", "PSGD, Kronecker factors", package="psgd-jax")

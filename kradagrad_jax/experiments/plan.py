@@ -12,7 +12,8 @@ class Series(NamedTuple):
     """One row of the table: an optimizer in one precision on one variant of the task.
 
     Attributes:
-      key: ``variant/optimizer/dtype``, unique in a comparison.
+      key: ``variant/optimizer/dtype``, and the schedule's length where there are several; unique in
+        a comparison.
       variant: name of the variant, ``""`` where there is only one.
       optimizer: name of the optimizer's table in the configuration.
       label: what to call it.
@@ -48,7 +49,7 @@ def run_identity(settings: dict[str, Any], learning_rate: float, seed: int) -> s
     return json.dumps([settings, learning_rate, seed], sort_keys=True)
 
 
-def _series(c: Comparison, variant: str, key: str, dtype: str) -> Series:
+def _series(c: Comparison, variant: str, key: str, dtype: str, steps: int) -> Series:
     optimizer = c.optimizers[key]
     options = dict(optimizer.options)
     if dtype != "float32":
@@ -61,7 +62,7 @@ def _series(c: Comparison, variant: str, key: str, dtype: str) -> Series:
     settings = {
         "task": c.task,
         "task_options": c.task_options | c.variants.get(variant, {}),
-        "steps": c.steps,
+        "steps": steps,
         "eval_every": c.eval_every,
         "schedule": c.schedule,
         "optimizer": name,
@@ -70,7 +71,10 @@ def _series(c: Comparison, variant: str, key: str, dtype: str) -> Series:
     }
     if len(optimizer.dtypes) > 1:
         label = f"{label}, {dtype}"
-    unique = "/".join(part for part in (variant, key, dtype) if part)
+    ending = ""
+    if len(optimizer.schedule_lengths) > 1:
+        ending, label = str(steps), f"{label}, {steps} steps"
+    unique = "/".join(part for part in (variant, key, dtype, ending) if part)
     return Series(unique, variant, key, label, dtype, optimizer.learning_rates, settings)
 
 
@@ -88,11 +92,12 @@ def all_series(c: Comparison, only: tuple[str, ...] = ()) -> list[Series]:
         if key not in c.optimizers:
             raise UsageError(f"--only {key}: the configuration has {', '.join(c.optimizers)}")
     return [
-        _series(c, variant, key, dtype)
+        _series(c, variant, key, dtype, steps)
         for variant in (c.variants or {"": {}})
         for key in c.optimizers
         if not only or key in only
         for dtype in c.optimizers[key].dtypes
+        for steps in (c.optimizers[key].schedule_lengths or (c.steps,))
     ]
 
 

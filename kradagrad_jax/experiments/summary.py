@@ -47,23 +47,32 @@ def _edge(series: Series, rate: float) -> str:
     return {min(grid): "smallest", max(grid): "largest"}.get(rate, "")
 
 
+def by_rate(series: Series, found: list[Record]) -> dict[float, list[Record]]:
+    """The finished runs of every learning rate that has any."""
+    runs = {rate: [r for r in found if r.learning_rate == rate] for rate in series.learning_rates}
+    return {rate: some for rate, some in runs.items() if some}
+
+
 def best_rate(
     series: Series, found: list[Record], select: str
 ) -> tuple[float, list[Record]] | None:
     """The learning rate with the lowest mean loss over its seeds, and its runs."""
-    by_rate = {
-        rate: [r for r in found if r.learning_rate == rate] for rate in series.learning_rates
-    }
-    ended = {rate: runs for rate, runs in by_rate.items() if runs}
+    ended = by_rate(series, found)
     if not ended:
         return None
     return min(ended.items(), key=lambda item: statistics.fmean(r.loss(select) for r in item[1]))
 
 
-def _row(series: Series, findings: Findings, select: str, target: float) -> Row:
+def row_of(
+    series: Series,
+    best: tuple[float, list[Record]] | None,
+    findings: Findings,
+    select: str,
+    target: float,
+) -> Row:
+    """The line of a series at one learning rate, given with its runs; None: nothing finished."""
     cost = findings.costs.get(series.key)
     ms, size = (cost.update_ms, cost.state_bytes) if cost else (None, None)
-    best = best_rate(series, findings.records[series.key], select)
     if best is None:
         return Row(series, None, [], math.inf, 0.0, {}, None, None, ms, size, "")
     rate, runs = best
@@ -111,7 +120,8 @@ def tabulate(c: Comparison, series: list[Series], findings: Findings) -> list[Ta
         if target is None:
             baseline = best_rate(members[0], findings.records[members[0].key], c.select)
             target = max(r.loss(c.select) for r in baseline[1]) if baseline else -math.inf
-        rows = [_row(s, findings, c.select, target) for s in members]
+        best = {s.key: best_rate(s, findings.records[s.key], c.select) for s in members}
+        rows = [row_of(s, best[s.key], findings, c.select, target) for s in members]
         tables.append(Table(variant, target, rows))
     return tables
 

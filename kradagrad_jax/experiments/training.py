@@ -77,6 +77,8 @@ class Program:
         self._chunk = jax.jit(self._run_chunk, donate_argnums=0)
         self._evaluate = jax.jit(task.evaluate)
         self._compiled: dict[int, Any] = {}
+        self.compile_seconds = 0.0
+        """Spent so far on tracing and compiling the steps."""
 
     def tx(self, learning_rate: Any) -> optax.GradientTransformation:
         """The optimizer as the task runs it."""
@@ -110,8 +112,10 @@ class Program:
         length = len(part) if self.task.scan else 0
         first = part if self.task.scan else part[0]
         if length not in self._compiled:
+            began = time.perf_counter()
             lowered = self._chunk.lower(carry, data, first, rate, key)
             self._compiled[length] = lowered.compile()
+            self.compile_seconds += time.perf_counter() - began
         run = self._compiled[length]
         if self.task.scan:
             return run
@@ -163,11 +167,13 @@ class Cost(NamedTuple):
       update_ms: milliseconds of one update alone, without the gradient: mean over refresh periods.
       state_bytes: size of the optimizer's state.
       parameter_bytes: size of the parameters.
+      compile_seconds: of the training steps; None where nothing was trained before.
     """
 
     update_ms: float
     state_bytes: int
     parameter_bytes: int
+    compile_seconds: float | None = None
 
 
 def _bytes(tree: Any) -> int:
@@ -196,4 +202,4 @@ def measure_cost(program: Program, *, steps: int = 40, repeats: int = 3) -> Cost
             state = update(grads, state, params, **extra)[1]
         jax.block_until_ready(state)
         means.append((time.perf_counter() - began) / steps)
-    return Cost(1e3 * min(means), size, _bytes(params))
+    return Cost(1e3 * min(means), size, _bytes(params), program.compile_seconds or None)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -220,8 +221,10 @@ def test_missing_extra_is_named(monkeypatch, capsys):
 
 
 def test_bar_only_on_a_terminal(monkeypatch, capsys):
+    settings = types.SimpleNamespace(settings={"steps": 10})
+    runs = [compare.Run(settings, 0.1, 0)]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    bar = compare.Progress(1, 10)
+    bar = compare.Progress(runs)
     bar.close()
     assert "0/10" in capsys.readouterr().err
 

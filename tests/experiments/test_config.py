@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kradagrad_jax.experiments import config
+from kradagrad_jax.experiments import config, race
 from kradagrad_jax.experiments.names import UsageError
 from kradagrad_jax.experiments.plan import all_series, runs_of
 
@@ -15,7 +15,7 @@ SGD = "[optimizers.sgd]\n"
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_of_the_repository_is_sound(path):
-    c = config.load(path)
+    c, _ = race.available(config.load(path))
     series = all_series(c)
     assert len({s.key for s in series}) == len(series) >= 2
     grids = {len(s.learning_rates) for s in series}
