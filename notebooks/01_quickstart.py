@@ -34,7 +34,7 @@ from sklearn.datasets import load_digits
 
 import kradagrad_jax as kj
 
-pixels = jnp.asarray(load_digits().data / 16, jnp.float32)
+pixels = np.asarray(load_digits().data / 16, np.float32)
 train, held_out = pixels[:1500], pixels[1500:]
 rng = np.random.default_rng(0)
 batches = [train[i] for _ in range(16) for i in rng.permutation(1500).reshape(15, 100)]
@@ -108,7 +108,7 @@ class Autoencoder(linen.Module):
 
 
 model = Autoencoder()
-start = model.init(jax.random.key(0), held_out)["params"]
+start = jax.jit(model.init)(jax.random.key(0), held_out)["params"]
 
 
 def loss_fn(params, x):

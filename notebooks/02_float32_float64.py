@@ -11,8 +11,8 @@
 # **What you should see:**
 #
 # * Shampoo's Gram statistic G G' in float32 knows nothing of eigenvalues below some 1e-7 of the
-#   largest. With a tiny eps its inverse root amplifies that noise, and the loss ends hundreds of
-#   times higher than in float64.
+#   largest. With a tiny eps its inverse root amplifies that noise, and the loss ends some hundred
+#   times higher than in float64, or more.
 # * Kept as a square root (R with R'R = G G', updated by QR), float32 is as good as float64.
 # * A larger eps repairs much of it without square roots.
 # * KrADagrad\* keeps an inverse and does not mind the precision, as the paper says. It does not get

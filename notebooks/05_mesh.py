@@ -51,8 +51,8 @@ mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), de
 # %% [markdown]
 # ## A model whose layers have one shape
 #
-# Sixteen residual layers of one width; equal shapes are what divides well. The parameters lie on all
-# devices, the batch is divided: data parallelism.
+# Sixteen residual layers of one width; equal shapes are what divides well. The parameters lie on
+# all devices, the batch is divided: data parallelism.
 
 # %%
 WIDTH, LAYERS, STEPS = 64, 16, 60
@@ -147,14 +147,15 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Whole on one device, the state is the left bar. On the mesh a device holds its share of the factors
-# and all of `mu` and `nu`. The all-gather collects the preconditioned gradients; the all-reduces are
-# the average of the gradients over the batch, as with any optimizer, and two single numbers.
+# Whole on one device, the state is the left bar. On the mesh a device holds its share of the
+# factors and all of `mu` and `nu`. The all-gather collects the preconditioned gradients; the
+# all-reduces are the average of the gradients over the batch, as with any optimizer, and two single
+# numbers.
 #
 # ## What to try next
 #
 # * Parameters divided as well (FSDP): `jax.device_put(start, divided)`. `mu` and `nu` then lie like
 #   them.
-# * `kj.Sharding("data", mesh, gather="preconditioners")`: one all-gather per refresh in place of one
-#   per step, for more memory.
+# * `kj.Sharding("data", mesh, gather="preconditioners")`: one all-gather per refresh in place of
+#   one per step, for more memory.
 # * Several hosts, checkpoints, other numbers of devices: the page on scaling of the documentation.
