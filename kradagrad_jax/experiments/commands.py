@@ -165,16 +165,18 @@ def benchmark(arguments: list[str]) -> int:
         print(f"left out: {text}")
     rows = all_series(c, tuple(name for name in request.only if name in c.optimizers))
     store = Store(Path(c.output), resume=request.resume, overwrite=request.overwrite)
-    load = [page.load_average()]
+    before = page.load_average()
     with threadpool_limits(1, user_api="blas"):
         findings = execute(c, rows, store)
-    load.append(page.load_average())
+    if findings.done:
+        store.log("load", averages=[before, page.load_average()])
     found = race.races(c, rows, findings)
     tables = [summary.Table(r.variant, r.target, [x.row for x in r.lines]) for r in found]
     written = race.write(c, store, found, summary.results(c, tables, findings))
     if plots.draw(tables, c.title, store.folder / PLOT):
         written.append(store.folder / PLOT)
-    about = page.About(line, tuple(left_out), tuple(load))
+    loads = [value for event in store.events("load") for value in event["averages"] if value]
+    about = page.About(line, tuple(left_out), tuple(loads))
     path = Path(request.page) if request.page else store.folder / "page.md"
     page.publish(path, page.markdown(c, found, about), store.folder / PLOT)
     _report_race(c, found, [*written, path])

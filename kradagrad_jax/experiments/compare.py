@@ -28,11 +28,13 @@ class Findings(NamedTuple):
       records: finished runs by the key of their series.
       costs: by the key of the series.
       missing: number of runs that an interruption left out.
+      done: number of runs of this call; the others come from the log.
     """
 
     records: dict[str, list[Record]]
     costs: dict[str, Cost]
     missing: int
+    done: int = 0
 
 
 class Progress:
@@ -168,4 +170,4 @@ def execute(c: Comparison, rows: list[Series], store: Store) -> Findings:
         pass  # the caller reports what is missing
     finally:
         progress.close()
-    return Findings(records, costs, len(todo) - done)
+    return Findings(records, costs, len(todo) - done, done)

@@ -23,12 +23,12 @@ class About(NamedTuple):
     Attributes:
       command: that makes it.
       left_out: optimizers of absent packages, and why.
-      load: averages at start and end, from :func:`load_average`.
+      load: averages before and after training, from :func:`load_average`.
     """
 
     command: str
     left_out: tuple[str, ...] = ()
-    load: tuple[float | None, ...] = ()
+    load: tuple[float, ...] = ()
 
 
 def load_average() -> float | None:
@@ -49,16 +49,14 @@ def _versions() -> str:
     return ", ".join(found)
 
 
-def _machine(load: tuple[float | None, ...]) -> list[str]:
+def _machine(load: tuple[float, ...]) -> list[str]:
     cores = os.cpu_count() or 1
     device = jax.devices()[0]
     kind = f"{jax.device_count()} x {device.device_kind} ({device.platform})"
     out = [f"{cores} CPU cores, {platform.machine()}, {platform.system()}; jax runs on {kind}"]
-    known = [value for value in load if value is not None]
-    if known:
-        out[0] += f"; load average {' at the start, '.join(f'{v:.1f}' for v in known)}"
-        out[0] += " at the end" if len(known) > 1 else ""
-    if known and max(known) > 1.5:  # the benchmark itself is about one
+    if load:
+        out[0] += f"; load averages before and after: {', '.join(f'{v:.1f}' for v in load)}"
+    if load and min(load) > 1.5:  # the benchmark itself is about one, and that only at the end
         out.append(
             "The machine was doing other work at the same time: steps and losses are exact, "
             "seconds and their ratios are indicative only"
@@ -94,7 +92,7 @@ def markdown(c: Comparison, races: list[Race], about: About) -> str:
     lines += [f"- {_versions()}", *[f"- {text}" for text in _machine(about.load)]]
     lines.append(
         f"- task `{c.task}` {c.task_options or ''}".rstrip()
-        + f", {c.schedule} schedule, at most {c.steps} steps, evaluated every {c.eval_every}, "
+        + f", {c.schedule} schedule, evaluated every {c.eval_every} steps, "
         f"seeds {', '.join(map(str, c.seeds))}"
     )
     lines += [f"- left out: {text}" for text in about.left_out]

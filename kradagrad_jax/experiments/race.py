@@ -43,6 +43,7 @@ class Line(NamedTuple):
       row: those settings; of the lowest loss where none reaches the target.
       tried: number of settings: learning rates times schedule lengths.
       schedule_length: of those settings.
+      longest: that is the longest of several.
       best_loss: the lowest of any settings, median over seeds.
       reached: number of seeds that got to the target.
       steps, seconds: to the target, medians over seeds; None: not reached.
@@ -54,6 +55,7 @@ class Line(NamedTuple):
     row: Row
     tried: int
     schedule_length: int
+    longest: bool
     best_loss: float
     reached: int
     steps: float | None
@@ -93,8 +95,10 @@ def _line(members: list[Series], c: Comparison, findings: Findings, target: floa
     trials = list(_trials(members, findings))
     if not trials:
         row = row_of(members[0], None, findings, c.select, target)
-        return Line(row, 0, members[0].settings["steps"], math.inf, 0, None, None, None, None)
+        steps = members[0].settings["steps"]
+        return Line(row, 0, steps, False, math.inf, 0, None, None, None, None)
     chosen = min(trials, key=lambda t: (t.until(target, "step"), t.loss(c.select)))
+    length, lengths = chosen.series.settings["steps"], [s.settings["steps"] for s in members]
     cost = findings.costs.get(chosen.series.key)
     ends = [r.curve[-1] for r in chosen.records if r.curve[-1].step]
     return Line(
@@ -106,7 +110,8 @@ def _line(members: list[Series], c: Comparison, findings: Findings, target: floa
             target,
         ),
         len(trials),
-        chosen.series.settings["steps"],
+        length,
+        len(lengths) > 1 and length == max(lengths),
         min(trial.loss(c.select) for trial in trials),
         sum(record.reached(target) is not None for record in chosen.records),
         _finite(chosen.until(target, "step")),
@@ -195,6 +200,10 @@ def verdict(race: Race) -> list[str]:
     missed = [label(x) for x in race.lines if x.row.learning_rate is not None and x.steps is None]
     if missed:
         out.append(f"Target not reached by: {', '.join(missed)}.")
+    ends = [f"{label(x)} (the {x.row.edge} lr tried)" for x in race.lines if x.row.edge]
+    ends += [f"{label(x)} (the longest schedule tried)" for x in race.lines if x.longest]
+    if ends:
+        out.append(f"At the end of its grid, which may go on: {', '.join(ends)}.")
     return out
 
 
