@@ -87,7 +87,7 @@ def list_names(arguments: list[str]) -> int:
     for title, table in (("tasks", TASKS), ("optimizers", OPTIMIZERS)):
         print(title)
         for name, entry in table.items():
-            print(f"  {name:20}{entry.summary}")
+            print(f"  {name:22}{entry.summary}")
     return 0
 
 
