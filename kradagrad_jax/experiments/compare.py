@@ -161,11 +161,11 @@ def execute(c: Comparison, rows: list[Series], store: Store) -> Findings:
             with worker.mode(run.series):
                 program = worker.program(run.series)
                 record = _train(run, program, store, progress)
+                records[run.series.key].append(record)  # first: an interruption loses nothing
+                done += 1
+                progress.finish(run, record, c.select)
                 if run.series.key not in costs:
                     costs[run.series.key] = _cost(run.series, program, store)
-            records[run.series.key].append(record)
-            done += 1
-            progress.finish(run, record, c.select)
     except KeyboardInterrupt:
         pass  # the caller reports what is missing
     finally:

@@ -20,7 +20,9 @@ GROUPS = [
 
 
 def run(*arguments, timeout=900):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    # Simulated devices wait for each other in threads of XLA's pool: with a thread per core and
+    # several collectives at a time nobody may be left to come.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "NPROC": "32"}
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
