@@ -34,7 +34,12 @@ def trained(tx, steps, start=None):
     return p, state, losses
 
 
-@each()
+# tests/scale trains every alias; here are the variants, and one alias per algorithm
+TRAINED = (*nets.FAMILIES, "kfac-official", "kfac-exact", "kfac-square_root", "rs_kfac", "ikfac",
+           "singd-bf16")  # fmt: skip
+
+
+@each(names=TRAINED)
 def test_trains_and_is_compiled_once(entry):
     p, state, losses = trained(entry.make(), 40)
     assert all_finite(p) and all_finite(state)
