@@ -35,11 +35,11 @@ def _applied(methods: Methods, bucket: Bucket) -> list[bool]:
     return [id(v) in read for v in jaxpr.jaxpr.invars[: len(jax.tree.leaves(factor))]]
 
 
-def _whole(split: Split, methods: Methods, bucket: Bucket) -> list[bool]:
-    """Which arrays of a factor every device holds for all blocks."""
+def _whole(split: Split, methods: Methods, bucket: Bucket, arrays: int) -> list[bool]:
+    """Which of the arrays of a factor every device holds for all blocks."""
     if bucket.size > 1 and split.gather == "preconditioners":
         return _applied(methods, bucket)
-    return [bucket.size == 1] * len(_applied(methods, bucket))
+    return [bucket.size == 1] * arrays
 
 
 def place(split: Split | None, methods: Methods, plan: Plan, factors: Stacks) -> Stacks:
@@ -49,7 +49,7 @@ def place(split: Split | None, methods: Methods, plan: Plan, factors: Stacks) ->
     out = dict(factors)
     for bucket in plan.buckets:
         leaves, treedef = jax.tree.flatten(factors[bucket.key])
-        whole = _whole(split, methods, bucket)
+        whole = _whole(split, methods, bucket, len(leaves))
         specs = [PartitionSpec() if w else split.parts for w in whole]
         placed = [split.place(x, s) for x, s in zip(leaves, specs, strict=True)]
         out[bucket.key] = treedef.unflatten(placed)
@@ -83,7 +83,7 @@ def change(
             jax.tree.leaves(new[bucket.key]), jax.tree.leaves(divided[bucket.key]), old, strict=True
         )
         out[bucket.key] = [o if n is d else n for n, d, o in pairs]
-        for i, whole in enumerate(_whole(split, methods, bucket)):
+        for i, whole in enumerate(_whole(split, methods, bucket, len(old))):
             if whole and bucket.size > 1 and out[bucket.key][i] is not old[i]:
                 stale[bucket.key, i] = out[bucket.key][i]
     if stale:
