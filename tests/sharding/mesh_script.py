@@ -125,12 +125,12 @@ def check_memory(name, place, state):
     assert divided, name
 
 
-def check_alias(name, takes, places):
+def check_alias(name, takes):
     kind = nets.kind_of(name)
     take = takes.setdefault(kind, jax.jit(nets.measure(name)))
     alone = jax.device_get(on_one_device(name, take))
     start = nets.params(DTYPE)
-    for place in places:
+    for place in PLACES:
         params, state, text = on_mesh(name, place, take)
         for a, b, c in zip(*map(jax.tree.leaves, (alone, params, start)), strict=True):
             scale = np.abs(a).max()
@@ -175,6 +175,5 @@ if __name__ == "__main__":
     check_refresh()
     check_other_counts()
     takes = {}
-    places = list(PLACES) if jnp.float64 == DTYPE else ["data parallel"]
     for alias in sys.argv[2:]:
-        check_alias(alias, takes, places)
+        check_alias(alias, takes)
