@@ -12,7 +12,7 @@ export JAX_PLATFORMS ?= cpu
 export MPLBACKEND := Agg
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help quickstart quadratic test test-fast lowering lint format bench docs data constraints clean
+.PHONY: help quickstart quadratic test test-fast lowering lint format notebooks bench docs data constraints clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,13 +24,13 @@ quadratic: $(STAMPS)/experiments ## the synthetic problem of the KrADagrad paper
 	@$(BIN)/kradagrad-jax compare configs/quadratic.toml --overwrite
 
 test: lint data ## lint, types and every test
-	$(BIN)/python -m pytest -n $(WORKERS) --typecheck
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --typecheck
 
 test-fast: $(STAMPS)/dev ## every test that is not marked slow
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 lowering: $(STAMPS)/dev $(STAMPS)/tpu-lowering $(STAMPS)/cuda-lowering ## compile for TPU and CUDA, without either (0.4 GB to download)
-	$(BIN)/python -m pytest -n $(WORKERS) tests/lowering
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/lowering
 
 lint: $(STAMPS)/dev ## ruff (rules and format) and pyright
 	$(BIN)/ruff check .
@@ -41,11 +41,14 @@ format: $(STAMPS)/dev ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+notebooks: $(STAMPS)/dev ## the .ipynb from their sources, after a change
+	$(BIN)/python notebooks/generate.py
+
 bench: $(STAMPS)/dev ## time per update as a multiple of the bare matrix products
 	$(BIN)/python benchmarks/step_time.py
 
-docs: $(STAMPS)/docs ## the documentation, into docs/_build
-	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+docs: $(STAMPS)/docs ## the documentation with the notebooks' outputs, into docs/_build
+	env -u MPLBACKEND $(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 # Fashion-MNIST is a Debian package. It is unpacked here, not installed; the tests and tasks that
 # want it skip or say so where it cannot be had.
@@ -70,5 +73,5 @@ $(STAMPS)/%: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 clean: ## remove everything that was made here
-	rm -rf $(VENV) $(DATA) build dist runs docs/_build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DATA) build dist runs docs/_build docs/notebooks .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -66,8 +66,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("dist", "no") == "load":  # pytest -n: keeps groups (registry.py) together
-        config.option.dist = "loadgroup"
     if config.getoption("--typecheck"):
         import jaxtyping
 

@@ -50,7 +50,9 @@ def _versions() -> str:
 
 
 def _machine(load: tuple[float, ...]) -> list[str]:
-    cores = os.cpu_count() or 1
+    cores = f"{os.cpu_count() or 1}"
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < int(cores):
+        cores = f"{len(os.sched_getaffinity(0))} of {cores}"  # under taskset or in a container
     device = jax.devices()[0]
     kind = f"{jax.device_count()} x {device.device_kind} ({device.platform})"
     out = [f"{cores} CPU cores, {platform.machine()}, {platform.system()}; jax runs on {kind}"]

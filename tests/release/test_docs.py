@@ -39,6 +39,40 @@ def test_the_code_of_a_page_runs(page, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+EVERY_LINE = """
+loops = {name: globals()[f"train_with_{name}"] for name in ("gradients", "layers", "samples")}
+spec, first = curvature.inspect(model_fn, params, images[:100]), next(batches(1))
+batches = lambda epochs: [first]
+for line, loop in ROWS:
+    capture = {"reducer": "raw"} if loop.endswith("rows") else {}
+    run = lambda p: loops[loop.split(",")[0]](eval(line), p, **capture)
+    assert jax.tree.map(jnp.shape, jax.eval_shape(run, params)) == jax.tree.map(jnp.shape, params)
+"""
+
+
+@pytest.mark.slow
+def test_the_page_of_loops_has_every_alias_and_its_loop(tmp_path):
+    """Its programs learn; each line of its table makes an optimizer that its loop can step."""
+    text = (DOCS / "recipes.md").read_text()
+    rows = re.findall(r"^\| [^|]* \| `(.*?)` \| (.*?) \|$", text, re.MULTILINE)
+    aliases = {name.removeprefix("scale_by_") for name in dir(kj) if name.startswith("scale_by_")}
+    aliases -= {"blocks", "layers"}
+    assert {re.match(r"kj\.(\w+)", line)[1] for line, _ in rows} == aliases
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    code = f"{code}\nROWS = {rows!r}\n{EVERY_LINE}"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    ends = dict(re.findall(r"^(.*) (0\.\d+)$", done.stdout, re.MULTILINE))
+    assert len(ends) == 6 and all(float(value) > 0.85 for value in ends.values()), ends
+
+
 def test_pages_of_methods_have_all_parts():
     """Equations, presets, differences from the paper, what was reproduced and what was not."""
     pages = sorted((DOCS / "methods").glob("*.md"))
