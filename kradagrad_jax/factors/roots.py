@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from kradagrad_jax.factors.kron import KronFactor, apply_dense, apply_square_root
 from kradagrad_jax.factors.method import Step
 from kradagrad_jax.linalg import (
+    checked_positive_root,
     eigh,
     inverse_root,
-    positive_root,
     powered_spectrum,
     refine_eigenbasis,
     symmetric_power,
@@ -59,8 +59,9 @@ def _newton(s: jax.Array, old: jax.Array, exponent: Any, damping: Any) -> jax.Ar
         raise ValueError(f"root='newton' needs an exponent 1/p with an integer p, got {exponent}")
     if exponent < 0:
         x, error = inverse_root(s, p, damping)
-        return jnp.where(error < 0.1, x, old)  # not converged (or NaN): the previous root serves on
-    return positive_root(s, p, jnp.maximum(damping, 1e-6))
+    else:
+        x, error = checked_positive_root(s, p, jnp.maximum(damping, 1e-6))
+    return jnp.where(error < 0.1, x, old)  # not converged (or NaN): the previous root serves on
 
 
 def _tracked(

@@ -19,6 +19,7 @@ from kradagrad_jax.linalg.lowrank import correct as correct
 from kradagrad_jax.linalg.lowrank import low_rank_solve as low_rank_solve
 from kradagrad_jax.linalg.lowrank import randomized_svd as randomized_svd
 from kradagrad_jax.linalg.lowrank import symmetric_sketch as symmetric_sketch
+from kradagrad_jax.linalg.newton import checked_positive_root as checked_positive_root
 from kradagrad_jax.linalg.newton import inverse_root as inverse_root
 from kradagrad_jax.linalg.newton import newton_schulz_sqrt as newton_schulz_sqrt
 from kradagrad_jax.linalg.newton import positive_root as positive_root

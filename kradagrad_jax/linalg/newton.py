@@ -84,11 +84,23 @@ def positive_root(
     Arguments and errors are those of `inverse_root`, which gives `x`; a guess is one of the
     INVERSE root (arXiv 2305.19416, supplement C.3). Returns the symmetric root (n, n) alone.
     """
-    x, _ = inverse_root(a, p, damping, iterations, tolerance, guess)
+    return checked_positive_root(a, p, damping, iterations, tolerance, guess)[0]
+
+
+def checked_positive_root(
+    a: jax.Array,
+    p: int,
+    damping: ArrayLike = 1e-6,
+    iterations: ArrayLike = 100,
+    tolerance: ArrayLike = 1e-6,
+    guess: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return `positive_root` and the error of `inverse_root`: from 0.1 on, or NaN, it failed."""
+    x, error = inverse_root(a, p, damping, iterations, tolerance, guess)
     damping = jnp.asarray(damping).astype(a.dtype)
     ridge = damping * _largest_eigenvalue(a)
     damped = symmetrize(a) + ridge * jnp.eye(a.shape[0], dtype=a.dtype)
-    return symmetrize(matmul(damped, _matrix_power(x, p - 1)))
+    return symmetrize(matmul(damped, _matrix_power(x, p - 1))), error
 
 
 def newton_schulz_sqrt(a: jax.Array, iterations: int = 25) -> jax.Array:

@@ -7,6 +7,7 @@ import pytest
 
 import kradagrad_jax as kj
 from kradagrad_jax.factors import KradOptions, SquareRoot, array_method, gram_method, star_method
+from kradagrad_jax.factors.roots import make_root
 from tests.x64 import x64
 
 
@@ -96,6 +97,20 @@ def test_other_roots_agree_with_eigh(root):
         u, v = (m.precondition(f, g, step) for m, f in (
             (gram_method(root="eigh", **options), a), (method, b)))  # fmt: skip
         np.testing.assert_allclose(u, v, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("exponent", [-0.25, 0.25])
+def test_a_newton_root_that_fails_leaves_the_last_one(exponent):
+    """Rounding can make an inverse statistic indefinite; the iteration then diverges."""
+    root = make_root("newton", 1e-6, "relative")
+    old, step = jnp.eye(3) * 7, kj.Step(*(jnp.asarray(9),) * 2, 1, jnp.asarray(False))
+    compute = jax.jit(lambda s: root.compute(s, old, exponent, step))
+    good, bad = jnp.diag(jnp.asarray([4.0, 2.0, 1.0])), jnp.diag(jnp.asarray([4.0, 2.0, -1.0]))
+    np.testing.assert_allclose(
+        jnp.diagonal(compute(good)), jnp.diagonal(good) ** exponent, rtol=1e-4
+    )
+    np.testing.assert_array_equal(compute(bad), old)
+    np.testing.assert_array_equal(compute(bad * jnp.nan), old)
 
 
 def test_exact_form_is_the_inverse():
