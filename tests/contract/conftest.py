@@ -1,4 +1,9 @@
-"""Strict promotion for every contract test: our own arithmetic names its dtypes and shapes."""
+"""What holds for every contract test.
+
+Strict promotion: our own arithmetic names its dtypes and shapes. Machine code without LLVM's
+optimisations: two thirds of these tests' time is compilation of programs that run a few times,
+and what they ask (trees, types, wrappers) does not depend on it. Numbers are tested elsewhere.
+"""
 
 import jax
 import pytest
@@ -12,6 +17,14 @@ def strict_promotion(request):
         return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def quick_machine_code():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def pytest_configure(config):

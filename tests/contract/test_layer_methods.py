@@ -39,6 +39,7 @@ TRAINED = (*nets.FAMILIES, "kfac-official", "kfac-exact", "kfac-square_root", "r
            "singd-bf16")  # fmt: skip
 
 
+@pytest.mark.slow
 @each(names=TRAINED)
 def test_trains_and_is_compiled_once(entry):
     p, state, losses = trained(entry.make(), 40)
@@ -93,6 +94,7 @@ def test_no_statistics_at_a_step(entry):
         tx.update(grads, state, p)
 
 
+@pytest.mark.slow
 @each(names=nets.FAMILIES)
 @pytest.mark.parametrize("wrapper", ["chain", "masked", "partition", "inject_hyperparams"])
 def test_wrappers(entry, wrapper):
@@ -118,6 +120,7 @@ def test_wrappers(entry, wrapper):
         )
 
 
+@pytest.mark.slow
 @each(names=nets.FAMILIES)
 def test_scanned_steps_and_donation(entry):
     tx, p = nets.compiled(entry)[0], nets.params()

@@ -23,6 +23,7 @@ def run(*arguments, timeout=900):
     # Simulated devices wait for each other in threads of XLA's pool: with a thread per core and
     # several collectives at a time nobody may be left to come.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "NPROC": "32"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the time is compilation
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
