@@ -251,6 +251,7 @@ register(
     "fashion_conv",
     f"{_HERE}:convnet",
     "Convolutional net on Fashion-MNIST",
+    paper={"channels": (64, 128, 256)},
     source="fashion",
     channels=(16, 32, 32),
 )
