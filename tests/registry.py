@@ -125,7 +125,7 @@ CORE_NAMES = [
 
 
 def _over(entries: list[Entry]):
-    """Parametrisation; under `--dist loadgroup` tests of one entry share a worker."""
+    """Parametrisation; tests of one entry share a worker where xdist keeps groups (pytest < 9.2)."""
     params = [pytest.param(e, id=e.name, marks=pytest.mark.xdist_group(e.name)) for e in entries]
     return pytest.mark.parametrize("entry", params)
 
