@@ -125,7 +125,7 @@ CORE_NAMES = [
 
 
 def _over(entries: list[Entry]):
-    """Parametrisation; tests of one entry share a worker where xdist keeps groups (pytest < 9.2)."""
+    """Parametrisation; tests of one entry share a worker where xdist keeps groups."""
     params = [pytest.param(e, id=e.name, marks=pytest.mark.xdist_group(e.name)) for e in entries]
     return pytest.mark.parametrize("entry", params)
 
