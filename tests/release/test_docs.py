@@ -20,6 +20,20 @@ ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
 ELSEWHERE = ("(Python)", "(optax)")  # whose message it is, where it is not ours
 
 
+def printed(code, folder):
+    """What a program prints, run in a folder of its own with warnings as errors."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=folder,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 PAGES = [f"docs/{name}" for name in ("install", "coming_from", "troubleshooting", "adding")]
 
 
@@ -28,15 +42,7 @@ def test_the_code_of_a_page_runs(page, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / f"{page}.md").read_text(), re.DOTALL)
     start = next(i for i, block in enumerate(blocks) if "import" in block)
     code = "\n".join(block for block in blocks[start:] if not block.startswith("register("))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=tmp_path,
-        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    printed(code, tmp_path)
 
 
 EVERY_LINE = """
@@ -60,16 +66,8 @@ def test_the_page_of_loops_has_every_alias_and_its_loop(tmp_path):
     assert {re.match(r"kj\.(\w+)", line)[1] for line, _ in rows} == aliases
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     code = f"{code}\nROWS = {rows!r}\n{EVERY_LINE}"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=tmp_path,
-        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    ends = dict(re.findall(r"^(.*) (0\.\d+)$", done.stdout, re.MULTILINE))
+    out = printed(code, tmp_path)
+    ends = dict(re.findall(r"^(.*) (0\.\d+)$", out, re.MULTILINE))
     assert len(ends) == 6 and all(float(value) > 0.85 for value in ends.values()), ends
 
 
