@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
-# Groups of tests (xdist_group) stay on a worker, but not with pytest 9.2, where xdist 3.8 loses their names.
+# Groups of tests (xdist_group) stay on a worker; not with pytest 9.2, where xdist 3.8 loses their
+# names: hence the older one in constraints.txt.
 
 # One thread per LAPACK call: on a busy small machine more threads are many times slower.
 export OPENBLAS_NUM_THREADS := 1

@@ -13,8 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import source_info_util
-from jax.extend.core import Literal
 
 _INLINED = ("jit", "pjit", "closed_call", "core_call")
 REMAT = ("remat", "remat2", "checkpoint")
@@ -45,6 +43,8 @@ class Node:
     @property
     def where(self) -> str:
         """Source location, ``file.py:line``."""
+        from jax.extend import source_info_util  # here, as jax.extend imports pallas
+
         text = source_info_util.summarize(self.equation.source_info)
         return text.split(" ")[0].rsplit("/", 1)[-1].rsplit("\\", 1)[-1]
 
@@ -103,6 +103,8 @@ class _Builder:
         return out
 
     def fill(self, block: Block, jaxpr: Any, env: dict[Any, Operand]) -> tuple[Operand, ...]:
+        from jax.extend.core import Literal
+
         def read(atom: Any) -> Operand:
             return Constant(atom.val) if isinstance(atom, Literal) else env[atom]
 

@@ -19,6 +19,7 @@ from kradagrad_jax import curvature
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
+ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's Python keeps what it has compiled
 OPTIONAL = ("flax", "matplotlib", "orbax", "scipy", "sklearn", "tyro", "tqdm")
 
 PUBLIC = """
@@ -54,13 +55,17 @@ for tx in (kj.shampoo(0.1), kj.kfac(0.1, curvature.inspect(loss, params, x))):
 """
 
 IMPORT = """
-import os, sys, jax, optax
+import os, sys
 
-before, start = set(sys.modules), os.times()
+start = os.times()
+import jax, optax
+
+before, between = set(sys.modules), os.times()
 import kradagrad_jax
 
 end = os.times()
-print(end.user - start.user + end.system - start.system)
+for a, b in ((start, between), (between, end)):
+    print(b.user - a.user + b.system - a.system)
 print(*sorted({m.split(".")[0] for m in set(sys.modules) - before}))
 """
 
@@ -96,16 +101,20 @@ def test_public_names_are_in_the_reference():
     assert not [name for name in (PUBLIC + CURVATURE).split() if name not in listed]
 
 
-def test_import_time(tmp_path):
-    """In CPU seconds, as other programs run beside; the fastest of a few, as caches warm up."""
+def test_import_time():
+    """In CPU seconds, as other programs run beside; the fastest of a few, as caches warm up.
+
+    Where one core is slow jax and optax say how slow: they take about a second.
+    """
     times = []
     for _ in range(5):
-        seconds, modules = run(sys.executable, "-c", IMPORT, cwd=ROOT).splitlines()
-        times.append(float(seconds))
-        assert not set(modules.split()) & set(OPTIONAL), modules
-        if times[-1] < 0.3:
+        out = run(sys.executable, "-c", IMPORT, cwd=ROOT)
+        others, ours, *modules = out.split()
+        times.append((float(others), float(ours)))
+        assert not set(modules) & set(OPTIONAL), modules
+        if times[-1][1] < 0.3 * max(times[-1][0], 1):
             return
-    raise AssertionError(f"CPU seconds of importing kradagrad_jax after jax and optax: {times}")
+    raise AssertionError(f"CPU seconds of importing jax and optax, then kradagrad_jax: {times}")
 
 
 @pytest.fixture(scope="module")
