@@ -1,1 +1,1 @@
-"""A package, so that another one called `tests` in site-packages does not hide it from child processes."""
+"""A package, so that a `tests` in site-packages does not hide it from child processes."""

@@ -14,6 +14,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 if str(ROOT) not in sys.path:  # `tests.*` and a checkout that is not installed
     sys.path.insert(0, str(ROOT))
+
+from tests import flags  # noqa: E402
+
+flags.compile_quickly()
 # The inner floors, where annotations are the contract. The public face has messages of its own for
 # arguments of a wrong type, and tests of them.
 CHECKED = [

@@ -1,9 +1,4 @@
-"""What holds for every contract test.
-
-Strict promotion: our own arithmetic names its dtypes and shapes. Machine code without LLVM's
-optimisations: two thirds of these tests' time is compilation of programs that run a few times,
-and what they ask (trees, types, wrappers) does not depend on it. Numbers are tested elsewhere.
-"""
+"""What holds for every contract test: strict promotion, as our own arithmetic names its types."""
 
 import jax
 import pytest
@@ -17,14 +12,6 @@ def strict_promotion(request):
         return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
-
-
-@pytest.fixture(autouse=True)
-def quick_machine_code():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def pytest_configure(config):

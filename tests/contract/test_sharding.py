@@ -3,12 +3,13 @@
 A process of their own keeps the devices, and XLA's thread pools for them, from all other tests.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import flags
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,11 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["explicit", "auto"])
 def test_mesh(kind):
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = flags.simulating(4) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.contract.mesh_script", kind],
         cwd=ROOT,

@@ -1,9 +1,5 @@
 """Run by test_devices.py in a process with 8 virtual devices; prints one line per check."""
 
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,7 +1,6 @@
 """Sampled gradients: one forward pass, the right covariance, averages over devices."""
 
 import itertools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from kradagrad_jax.curvature import losses
 from kradagrad_jax.curvature.samples import Samples, curvature_vectors, sampled_gradients
+from tests import flags
 from tests.x64 import x64
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,11 +186,7 @@ def test_errors_say_what_to_do():
 
 def test_shards_give_the_same_statistics_as_one_device():
     """Eight simulated devices, in a process of their own."""
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = flags.simulating(8) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.curvature.shards_script"],
         cwd=ROOT,

@@ -52,7 +52,9 @@ def test_as_good_as_lapack(kind):
     norm = np.linalg.norm(exact, 2)
     w, v = np.asarray(w, np.float64), np.asarray(v, np.float64)
     np.testing.assert_allclose(w / norm, np.linalg.eigvalsh(exact) / norm, atol=8 * EPS)
-    np.testing.assert_allclose((v * w) @ v.T / norm, exact / norm, atol=(64 if kind == "clusters" else 24) * EPS)
+    np.testing.assert_allclose(
+        (v * w) @ v.T / norm, exact / norm, atol=(64 if kind == "clusters" else 24) * EPS
+    )
     np.testing.assert_allclose(v.T @ v, np.eye(N), atol=8 * EPS)
 
 

@@ -9,6 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from kradagrad_jax import linalg
+from tests import flags
 from tests.linalg.matrices import with_spectrum
 
 N = 4
@@ -210,7 +211,8 @@ print("finished")
 
 def test_concurrent_stacks_do_not_hang():
     """Four independent stacks at once: hangs on two cores with `vmap` of the plain functions."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+    environment = flags.default_environment()
+    environment.pop("NPROC", None)
     environment |= {"OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, "-c", CONCURRENT_STACKS]

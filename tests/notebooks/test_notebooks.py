@@ -1,12 +1,13 @@
 """The notebooks: sources and .ipynb agree, they run, and they print what their text says."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import flags
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "notebooks"
@@ -136,7 +137,7 @@ def test_source_runs_and_says_what_happens(name, tmp_path):
         pytest.importorskip(package, reason="the notebooks use it")
     done = subprocess.run(
         [sys.executable, "-W", "error", FOLDER / f"{name}.py"],
-        cwd=tmp_path, env=os.environ | QUIET | {"MPLBACKEND": "Agg"},
+        cwd=tmp_path, env=flags.default_environment() | QUIET | {"MPLBACKEND": "Agg"},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,7 +1,6 @@
 """The pages for new users: their code runs, their error messages are those of the source."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -13,10 +12,11 @@ import pytest
 
 import kradagrad_jax as kj
 from kradagrad_jax import curvature
+from tests import flags
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
+ENVIRONMENT = flags.default_environment() | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
 ELSEWHERE = ("(Python)", "(optax)")  # whose message it is, where it is not ours
 
 

@@ -16,9 +16,10 @@ import pytest
 
 import kradagrad_jax as kj
 from kradagrad_jax import curvature
+from tests import flags
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
+ENVIRONMENT = flags.default_environment() | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
 ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's Python keeps what it has compiled
 OPTIONAL = ("flax", "matplotlib", "orbax", "scipy", "sklearn", "tyro", "tqdm")
 

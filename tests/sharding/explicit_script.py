@@ -1,9 +1,5 @@
 """Run by test_meshes.py in a process with eight simulated devices: a mesh with Explicit axes."""
 
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-
 import jax
 import jax.numpy as jnp
 import optax

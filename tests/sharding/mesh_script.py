@@ -9,7 +9,6 @@ import os
 import re
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_ENABLE_X64"] = str(sys.argv[1] == "float64").lower()
 
 import jax

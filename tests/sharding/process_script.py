@@ -1,4 +1,4 @@
-"""One of several processes that train together (run by test_processes.py, or alone).
+"""One of several processes that train together (run by test_processes.py).
 
 Arguments: rank, number of processes, port, devices per process, alias, folder, step of death or 0.
 Training goes on from the newest checkpoint in the folder; the last parameters are written there.
@@ -8,8 +8,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[4]}"
 
 import jax
 import numpy as np

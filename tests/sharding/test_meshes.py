@@ -1,12 +1,12 @@
 """Sharded updates on meshes of eight simulated devices, each group in a process of its own."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import flags
 from tests.sharding import nets
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,8 +22,7 @@ GROUPS = [
 def run(*arguments, timeout=900):
     # Simulated devices wait for each other in threads of XLA's pool: with a thread per core and
     # several collectives at a time nobody may be left to come.
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "NPROC": "32"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the time is compilation
+    environment = flags.simulating(8) | {"PYTHONPATH": str(ROOT), "NPROC": "32"}
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,

@@ -1,6 +1,5 @@
 """The recipes of docs/scaling.md, as a reader would copy them."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import flags
 from tests.sharding.test_processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,7 +16,8 @@ ONE_HOST, TWO_PROCESSES, CHECKPOINT = re.findall(r"```python\n(.*?)```", PAGE, r
 
 
 def start(path, *arguments):
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    environment = flags.default_environment()
+    environment.pop("JAX_PLATFORMS", None)
     return subprocess.Popen(
         [sys.executable, path, *arguments],
         env=environment | {"PYTHONPATH": str(ROOT)},

@@ -1,6 +1,5 @@
 """Two and four processes that train together over gloo, one of which may die."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -9,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests import flags
 
 pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,7 @@ def free_port():
 
 def start(name, folder, count, devices, death=0):
     """The processes, and the files that their messages go to."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = flags.simulating(devices) | {"PYTHONPATH": str(ROOT)}
     port, out = free_port(), []
     folder.mkdir(exist_ok=True)
     for rank in range(count):
