@@ -38,6 +38,11 @@ PAUSE = 100  # tests between two such purges
 _tests_since = [0]
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, so that at the end no worker waits for another."""
+    items.sort(key=lambda item: "tests/sharding/" not in item.nodeid)
+
+
 def pytest_runtest_teardown(nextitem):
     """Thousands of compiled programs would fill the memory of a small machine."""
     statm = Path("/proc/self/statm")

@@ -113,8 +113,8 @@ def test_loop_over_examples():
         return square(lax.map(lambda u: jnp.tanh(u @ p["w"] + p["b"]) @ p["z"], x))
 
     with x64():
-        params = {"w": jnp.asarray(W), "b": B, "z": V}
-        residuals = curvature.check(loss, params, X, verbose=False)
+        w, b, z, x = (a.astype(jnp.float64) for a in (W, B, V, X))
+        residuals = curvature.check(loss, {"w": w, "b": b, "z": z}, x, verbose=False)
         assert set(residuals) == {"w", "z"} and max(residuals.values()) < 1e-15
 
 
@@ -126,8 +126,8 @@ def test_loop_over_micro_batches():
         return lax.scan(body, 0.0, x.reshape(2, -1, 4))[0] / 2
 
     with x64():
-        params = {"w": jnp.asarray(W), "z": jnp.asarray(V)}
-        residuals = curvature.check(loss, params, jnp.asarray(X), verbose=False)
+        w, z, x = (a.astype(jnp.float64) for a in (W, V, X))
+        residuals = curvature.check(loss, {"w": w, "z": z}, x, verbose=False)
         assert set(residuals) == {"w", "z"} and max(residuals.values()) < 1e-15
 
 

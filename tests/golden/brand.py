@@ -141,7 +141,7 @@ def _trajectory(raw: dict[str, Any]) -> dict[str, float]:
     momentum, decay = c["momentum"], c["weight_decay"]
     alias = ALIASES[method]
     plain = alias(1.0, spec, momentum=None, **options)
-    state, update = plain.init(params), jax.jit(plain.update)
+    state, update = jax.jit(plain.init)(params), jax.jit(plain.update)
     velocity = jax.tree.map(jnp.zeros_like, params)
     dense: dict[str, np.ndarray] = {}
     worst = dict.fromkeys(("params", "directions", "eigenvalues", "final_lowrank"), 0.0)

@@ -108,7 +108,7 @@ def _official(raw: dict[str, Any]) -> dict[str, float]:
         c["lr"], spec, momentum=c["momentum"], norm_constraint=c["norm_constraint"], **options
     )
     update, direct = jax.jit(tx.update), jax.jit(plain.update)
-    state, shadow = tx.init(params), plain.init(params)
+    state, shadow = jax.jit(tx.init)(params), jax.jit(plain.init)(params)
     worst = dict.fromkeys(("params", "precond_grads", "A_ema", "G_ema"), 0.0)
     for k, grads in enumerate(inputs["grads"]):
         rows = {}
@@ -206,7 +206,7 @@ def _relative_damping(raw: dict[str, Any]) -> dict[str, float]:
     tx = kj.kfac(c["lr"], spec, momentum=c["momentum"] or None, **options)
     direct = kj.scale_by_kfac(spec, **options)
     update, only = jax.jit(tx.update), jax.jit(direct.update)
-    state, shadow = tx.init(params), direct.init(params)
+    state, shadow = jax.jit(tx.init)(params), jax.jit(direct.init)(params)
     worst = {"params": 0.0, "directions": 0.0, "eigenvalues": 0.0}
     for k in range(len(inputs["grads"])):
         grads = to_layers(inputs["grads"][k], names)

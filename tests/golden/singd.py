@@ -141,7 +141,7 @@ def trajectory(raw: dict[str, Any], dtype: Any) -> dict[str, float]:
     spec = CaptureSpec.from_layers([_layer(n, layer, params[n]) for n, layer in layers.items()])
     make, pair = _options(raw)
     tx = make(spec)
-    state, update = tx.init(params), jax.jit(tx.update)
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
     buffer = jax.tree.map(jnp.zeros_like, params)
     worst = dict.fromkeys(("params", "curvature", *outputs["factors"]["layers.0"]), 0.0)
 
