@@ -32,7 +32,7 @@ test-fast: $(STAMPS)/dev ## every test that is not marked slow
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 lowering: $(STAMPS)/dev $(STAMPS)/tpu-lowering $(STAMPS)/cuda-lowering ## compile for TPU and CUDA, without either (0.4 GB to download)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/lowering
+	QUICK=0 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/lowering
 
 lint: $(STAMPS)/dev ## ruff (rules and format) and pyright
 	$(BIN)/ruff check .
