@@ -240,7 +240,7 @@ def test_ctrl_c_for_real(tiny):
     )
     command = [sys.executable, "-c", code, "compare", str(tiny)]
     process = subprocess.Popen(
-        [*command, "--steps", "200000"],
+        [*command, "--steps", "50000"],
         env=os.environ | {"PYTHONPATH": str(root)},
         stdout=subprocess.PIPE,
         text=True,
@@ -257,5 +257,5 @@ def test_ctrl_c_for_real(tiny):
         process.kill()
         process.communicate()
     assert process.returncode == 130
-    assert "interrupted with" in out and "--steps 200000 --resume" in out
+    assert "interrupted with" in out and "--steps 50000 --resume" in out
     assert results("runs/tiny")["runs"]
