@@ -13,6 +13,8 @@ export OPENBLAS_NUM_THREADS := 1
 export JAX_PLATFORMS ?= cpu
 export MPLBACKEND := Agg
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+# Dozens of child processes of the tests would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help quickstart quadratic test test-fast lowering lint format notebooks bench docs data constraints clean
 
