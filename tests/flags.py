@@ -1,7 +1,7 @@
 """Quick compilation, on which most tests would otherwise spend their time.
 
 Their programs run a few times only. Without XLA's fusion emitters and LLVM's optimisations XLA
-compiles them three times as fast; `QUICK=0 make test` tests the programs that users get. Tests
+takes less than half of the time; `QUICK=0 make test` tests the programs that users get. Tests
 that start what a user would start (notebooks, pages, an installed wheel, the search for a
 deadlock) always do so with the default flags.
 """
