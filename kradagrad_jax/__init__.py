@@ -22,6 +22,7 @@ from kradagrad_jax.engine import Layout as Layout
 from kradagrad_jax.engine import Sharding as Sharding
 from kradagrad_jax.engine import Timing as Timing
 from kradagrad_jax.engine import describe as describe
+from kradagrad_jax.engine import diagnostics as diagnostics
 from kradagrad_jax.engine import fit_state as fit_state
 from kradagrad_jax.engine import scale_by_blocks as scale_by_blocks
 from kradagrad_jax.engine import scale_by_layers as scale_by_layers

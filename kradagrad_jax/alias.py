@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from kradagrad_jax.engine.layers import LayerTransformation
@@ -35,7 +37,11 @@ def _complete(
     mask: Mask,
     coupled: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """The chain; parts that are statically off are left out (``params=None`` then works)."""
+    """The chain; parts that are statically off are left out (``params=None`` then works).
+
+    Like ``scale_by`` by itself it gives zero, and keeps its momentum, where the gradient is not
+    finite.
+    """
     average = [] if momentum is None else [optax.trace(momentum, nesterov)]
     if average and isinstance(scale_by, LayerTransformation):
         # the fallback of layer methods (Adam) brings momentum of its own
@@ -47,7 +53,24 @@ def _complete(
         decay = [optax.add_decayed_weights(weight_decay, mask)]
     middle = decay + average if coupled else average + decay
     chain = optax.chain(scale_by, *middle, optax.scale_by_learning_rate(learning_rate))
-    return optax.with_extra_args_support(chain)
+    return optax.with_extra_args_support(_held(chain) if middle else chain)
+
+
+def _held(chain: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """The chain, without the moves of its other parts where the first one skips a step."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        out, new = chain.update(updates, state, params, **extra)
+        moves = new[0].skipped == state[0].skipped
+
+        def hold(now: jax.Array, before: jax.Array) -> jax.Array:
+            floats = jnp.issubdtype(now.dtype, jnp.floating)  # counts run on, as the first part's
+            return jnp.where(moves, now, before) if floats else now
+
+        rest = jax.tree.map(hold, new[1:], tuple(state)[1:])
+        return jax.tree.map(lambda u: jnp.where(moves, u, 0), out), (new[0], *rest)
+
+    return optax.GradientTransformationExtraArgs(chain.init, update)
 
 
 def _alias(

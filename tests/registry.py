@@ -62,7 +62,7 @@ def _entry(
 
 
 ROOTS_NOW = {"refresh_every": 1}
-BLOCKS = {"layout": kj.Layout(block_size=3, merge="none", split="tail", vectors="block")}
+BLOCKS = {"layout": kj.Layout(block_size=3, merge="none", pieces="tail", vectors="block")}
 STAGGER = {"timing": kj.Timing(stagger=True), "refresh_every": 3}
 
 # The defaults come first: tests that are too long for every configuration take these alone.

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kradagrad_jax.engine import sharding, trees
-from kradagrad_jax.engine.layout import Layout, Plan
-from kradagrad_jax.engine.options import BlockState
+from kradagrad_jax.engine import report, sharding, trees
+from kradagrad_jax.engine.layout import Layout
 from kradagrad_jax.engine.packing import LAYERS, REST, LayerLike, Packing, packing_of, reorder
+from kradagrad_jax.engine.plan import Plan
+from kradagrad_jax.engine.state import BlockState
 from kradagrad_jax.engine.transform import scale_by_blocks
 from kradagrad_jax.factors.method import BlockMethod, Grams, Rows
 
@@ -33,8 +34,8 @@ def _statistics(packing: Packing, form: str, approx: str) -> Callable[..., tuple
         out = {}
         for bucket in plan.buckets:
             parts = []
-            for slot in bucket.slots:
-                path = plan.covered[slot.leaf].path.removeprefix(LAYERS + "/")
+            paths = [p for slot in bucket.slots for p in plan.covered[slot.leaves].paths]
+            for path in (p.removeprefix(LAYERS + "/") for p in paths):
                 layer, _, bias = packing.layers[path]
                 read = curvature.rows if form == "rows" else curvature.grams
                 part = read(path, approx=approx, bias=bias is not None)
@@ -131,8 +132,11 @@ def scale_by_layers(
         block_size=None,
         merge="none",
         vectors="block",
+        max_dim=None,
+        state_limit=None,
+        biases=None,
         include=lambda path, _: path.startswith(LAYERS + "/"),
-        stacked=lambda path, _: int(path.startswith(LAYERS + "/")),
+        stacked=lambda path, _: path.startswith(LAYERS + "/"),
         group=lambda path, _: groups[path.removeprefix(LAYERS + "/")] or "",
     )
 
@@ -155,7 +159,9 @@ def scale_by_layers(
         if not jax.tree.leaves(params):
             return engine_of(None).init(params)
         packing = packed(params)
-        return engine_of(packing).init(cast(Any, packing.split(params)))
+        state = engine_of(packing).init(cast(Any, packing.split(params)))
+        report.amend(packing)
+        return state
 
     def update(
         updates: optax.Updates,

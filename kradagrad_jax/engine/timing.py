@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,12 @@ class Timing:
     Attributes:
       start: first step whose gradient is preconditioned; before it the graft's direction is used.
       ramp: number of steps after ``start`` over which the preconditioned direction is blended in.
-      first_refresh: step of the first refresh; ``None`` means ``start``. Later ones follow at
-        ``(t - phase) % refresh_every == 0``.
-      phase: statistics are due at ``(t - phase) % statistics_every == 0``. With the default of 1
-        the very first step takes statistics and refreshes.
+      first_refresh: first step at which there may be a refresh; ``None`` means ``start``. A block
+        has its first refresh at the first step from then on at which it has a statistic, later
+        ones at ``(t - phase) % refresh_every == 0``.
+      phase: statistics are due at ``(t - phase) % statistics_every == 0``; a block that got none
+        when the first were due (a gradient that was zero or not finite) takes the next there is.
+        With the default of 1 the very first step takes statistics and refreshes.
       stagger: refresh 1/refresh_every of the blocks at every step instead of all at once, so that
         no step is a spike. Needs a fixed integer ``refresh_every``.
     """
@@ -35,6 +37,26 @@ class Timing:
     def __post_init__(self):
         if self.ramp < 0:
             raise ValueError(f"Timing.ramp must be at least 0, got {self.ramp}")
+
+
+class Now(NamedTuple):
+    """The scalars of one update.
+
+    Attributes:
+      count: number of the step, from 1 (int32).
+      accepted: number of steps whose gradient was finite, at least 1 (int32).
+      usable: whether that of this step is.
+      fresh: whether there are statistics at this step; a bool where that is known while tracing.
+      refresh_every: steps between refreshes (int, or int32).
+      statistics_every: steps between statistics, likewise.
+    """
+
+    count: jax.Array
+    accepted: jax.Array
+    usable: jax.Array
+    fresh: jax.Array | bool
+    refresh_every: jax.Array | int
+    statistics_every: jax.Array | int
 
 
 def interval_at(every: Interval, count: jax.Array) -> jax.Array | int:
@@ -54,16 +76,24 @@ def statistics_due(count: jax.Array, every: jax.Array | int, timing: Timing) -> 
     return (count - timing.phase) % every == 0
 
 
-def first_refresh(timing: Timing) -> int:
-    return timing.start if timing.first_refresh is None else timing.first_refresh
+def statistics_overdue(
+    count: jax.Array, every: jax.Array | int, timing: Timing
+) -> jax.Array | bool:
+    """Whether the step at which the first statistics were due has passed."""
+    return count > (timing.phase - 1) % every + 1
+
+
+def may_refresh(count: jax.Array, timing: Timing) -> jax.Array:
+    """Whether the step of the first refresh has come."""
+    return count >= (timing.start if timing.first_refresh is None else timing.first_refresh)
 
 
 def refresh_due(count: jax.Array, every: jax.Array | int, timing: Timing) -> jax.Array | bool:
-    """Whether preconditioners are refreshed at step ``count``."""
-    first = first_refresh(timing)
-    if isinstance(every, int) and every == 1:
-        return True if first <= 1 else count >= first
-    return (count == first) | ((count > first) & ((count - timing.phase) % every == 0))
+    """Whether all preconditioners are refreshed at step ``count``.
+
+    One that has not been refreshed yet does not wait for this.
+    """
+    return may_refresh(count, timing) & ((count - timing.phase) % every == 0)
 
 
 def blend(count: jax.Array, timing: Timing) -> jax.Array | None:

@@ -1,5 +1,7 @@
-"""What the transformations share: presets, and the arguments that go to the engine."""
+"""What the transformations share: presets, exponents, and the arguments that go to the engine."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import optax
@@ -7,29 +9,78 @@ import optax
 from kradagrad_jax.engine import Graft, Layout, Timing, as_graft, scale_by_blocks
 from kradagrad_jax.factors import BlockMethod
 
+OFF = "none"  # what turns an argument off whose default is on
+ONE_SIDED = ("one_sided", "shorter", "longer", "input", "output")
 LIBRARY_LAYOUT = Layout()
-PUBLISHED_LAYOUT = Layout(block_size=128, merge="none", split="tail", vectors="block")
+PUBLISHED_LAYOUT = Layout(
+    block_size=128, merge="none", pieces="tail", vectors="block", max_dim=None, state_limit=None,
+    biases=None,
+)  # fmt: skip
 
 
 def choose(
-    preset: str, presets: dict[str, dict[str, Any]], given: dict[str, Any]
+    preset: str,
+    presets: dict[str, dict[str, Any]],
+    given: dict[str, Any],
+    may_be_off: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """The preset's values, overridden by every given argument that is not None.
+
+    Args:
+      preset: name of the preset.
+      presets: their values, by name.
+      given: arguments of the caller.
+      may_be_off: arguments for which :data:`OFF` stands for None.
 
     Raises:
       ValueError: unknown preset.
     """
     if preset not in presets:
         raise ValueError(f"preset must be one of {sorted(presets)}, got {preset!r}")
-    chosen = dict(presets[preset])
-    chosen.update({name: value for name, value in given.items() if value is not None})
-    return chosen
+    chosen = presets[preset] | {name: value for name, value in given.items() if value is not None}
+    off = [n for n in may_be_off if isinstance(chosen.get(n), str) and chosen[n] == OFF]
+    return chosen | dict.fromkeys(off)
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises ValueError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def per_mode(exponent: Any, layout: Layout) -> tuple[Any, Layout]:
+    """Splits an exponent into that of the factors and a layout without those of exponent 0.
+
+    Args:
+      exponent: None, a number, a tuple with one per mode, a mapping from the number of modes to
+        either, or one of :data:`ONE_SIDED`.
+      layout: that of the transformation; what it says of ``modes`` goes before.
+
+    Returns:
+      The exponent of the modes that have a factor, and the layout.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if isinstance(exponent, str):
+        check_choice("exponent", exponent, ONE_SIDED)
+        name = "shorter" if exponent == "one_sided" else exponent
+        return None, layout if layout.modes else dataclasses.replace(layout, modes=name)
+    orders = exponent if isinstance(exponent, Mapping) else {}
+    if isinstance(exponent, (tuple, list)):
+        orders = {len(exponent): tuple(exponent)}
+    zero = {
+        k: tuple(not _is_zero(e) for e in given)
+        for k, given in orders.items()
+        if isinstance(given, (tuple, list)) and any(_is_zero(e) for e in given)
+    }
+    if not zero or layout.modes:
+        return exponent, layout
+    return exponent, dataclasses.replace(layout, modes=lambda path, shape: zero.get(len(shape)))
+
+
+def _is_zero(exponent: Any) -> bool:
+    return isinstance(exponent, (int, float)) and exponent == 0
 
 
 def diagonal_fallback(graft: Graft, fallback: Any) -> Any:
@@ -39,22 +90,24 @@ def diagonal_fallback(graft: Graft, fallback: Any) -> Any:
     return graft if graft.adaptive else Graft("adagrad")
 
 
+_ENGINE = (
+    "layout", "timing", "sharding", "refresh_every", "statistics_every", "refresh", "graft",
+    "fallback", "beta1", "factor_dtype", "mu_dtype",
+)  # fmt: skip
+
+
+def engine_arguments(chosen: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of :func:`scale_by_blocks` among the chosen ones, in its form."""
+    own = {name: chosen[name] for name in _ENGINE if name in chosen}
+    if "graft" in own:
+        own["graft"] = as_graft(own["graft"])
+        own["fallback"] = diagonal_fallback(own["graft"], own["fallback"])
+    return own
+
+
 def build(method: BlockMethod, chosen: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
     """Hands a block method and the engine's share of the arguments to the engine."""
-    graft = as_graft(chosen["graft"])
-    return scale_by_blocks(
-        method,
-        layout=chosen["layout"],
-        timing=chosen["timing"],
-        sharding=chosen.get("sharding"),
-        refresh_every=chosen["refresh_every"],
-        statistics_every=chosen["statistics_every"],
-        graft=graft,
-        fallback=diagonal_fallback(graft, chosen["fallback"]),
-        beta1=None if isinstance(chosen["beta1"], str) else chosen["beta1"],
-        factor_dtype=chosen["factor_dtype"],
-        mu_dtype=chosen["mu_dtype"],
-    )
+    return scale_by_blocks(method, **engine_arguments(chosen))
 
 
 ENGINE_DEFAULTS: dict[str, Any] = {

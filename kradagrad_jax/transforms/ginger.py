@@ -1,5 +1,6 @@
 """Ginger: the inverse of a low-rank average of curvature vectors, at linear cost."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,8 +9,7 @@ import optax
 from kradagrad_jax.engine import Interval, Layout, Sharding, Timing, scale_by_blocks
 from kradagrad_jax.factors.ginger import GingerOptions, ginger_method
 from kradagrad_jax.transforms import sampled
-from kradagrad_jax.transforms.common import check_choice, choose
-from kradagrad_jax.transforms.flat import as_one_vector
+from kradagrad_jax.transforms.common import check_choice, choose, engine_arguments
 
 POLISH_EVERY = 64  # steps between re-orthonormalisations, which cost 4 d tau^2
 PRESETS: dict[str, dict[str, Any]] = {
@@ -120,9 +120,8 @@ def scale_by_ginger(
     References:
       Hao, Cao and Mou, `Ginger <https://arxiv.org/abs/2402.03295>`_, 2024.
     """
-    own = ("preset", "basis_dtype", "factor_dtype", "mu_dtype")
-    given = {k: v for k, v in locals().items() if k not in own}
-    c = choose(preset, PRESETS, given)
+    given = {k: v for k, v in locals().items() if k not in ("preset", "basis_dtype")}
+    c = choose(preset, PRESETS, given, may_be_off=("beta1", "clip"))
     check_choice("fisher", c["fisher"], ("model", "empirical"))
     check_choice("partition", c["partition"], ("leaf", "model"))
     if not isinstance(c["rank"], int) or c["rank"] < 1:
@@ -130,25 +129,17 @@ def scale_by_ginger(
             f"rank must be an integer, at least 1, got {c['rank']!r}; under "
             "optax.inject_hyperparams name it in static_args"
         )
-    whole_model = c["partition"] == "model"
-    if whole_model and layout is not None:
+    if c["partition"] == "model" and layout is not None:
         raise ValueError("partition='model' treats all parameters as one vector: no layout=")
     options = GingerOptions(
-        c["beta2"], c["rank"], c["damping"], None if isinstance(c["clip"], str) else c["clip"],
-        c["fisher_scale"], None if basis_dtype is None else jnp.dtype(basis_dtype),
+        c["beta2"], c["rank"], c["damping"], c["clip"], c["fisher_scale"],
+        None if basis_dtype is None else jnp.dtype(basis_dtype),
     )  # fmt: skip
-    engine = scale_by_blocks(
+    whole = sampled.unmerged(c["layout"])
+    c["layout"] = dataclasses.replace(whole, joined=c["partition"] == "model")
+    return scale_by_blocks(
         ginger_method(options),
-        layout=sampled.unmerged(c["layout"]),
         source=sampled.source("ginger", c["fisher"], vectors=True),
         refresh_every=POLISH_EVERY,
-        statistics_every=c["statistics_every"],
-        timing=c["timing"],
-        sharding=c.get("sharding"),
-        graft="none",
-        fallback=c["fallback"],
-        beta1=None if isinstance(c["beta1"], str) else c["beta1"],
-        factor_dtype=factor_dtype,
-        mu_dtype=mu_dtype,
+        **engine_arguments(c),
     )
-    return as_one_vector(engine) if whole_model else sampled.scalars_as_vectors(engine)

@@ -10,7 +10,7 @@ from kradagrad_jax.engine import Graft, Interval, Sharding, Timing
 from kradagrad_jax.engine.layers import scale_by_layers
 from kradagrad_jax.factors.kfac import KfacOptions, kfac_method
 from kradagrad_jax.transforms import clipping
-from kradagrad_jax.transforms.common import check_choice, choose
+from kradagrad_jax.transforms.common import check_choice, choose, engine_arguments
 
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
@@ -131,7 +131,7 @@ def scale_by_kfac(
       `expand and reduce <https://arxiv.org/abs/2311.00636>`_, 2023.
     """
     given = {k: v for k, v in locals().items() if k not in ("preset", "spec")}
-    c = choose(preset, PRESETS, given)
+    c = choose(preset, PRESETS, given, may_be_off=("beta1",))
     options = _options(c)
     if norm_constraint is not None and learning_rate is None:
         raise ValueError("norm_constraint needs learning_rate: the bound is on lr^2 <u, gradient>")
@@ -151,14 +151,7 @@ def scale_by_kfac(
         approx=c["approx"],
         joint_bias=c["joint_bias"],
         clip=clipping.both(length, bound),
-        fallback=c["fallback"],
-        beta1=None if isinstance(c["beta1"], str) else c["beta1"],
-        graft=c["graft"],
-        refresh_every=c["refresh_every"],
-        statistics_every=c["statistics_every"],
-        timing=c["timing"],
-        sharding=c.get("sharding"),
-        factor_dtype=factor_dtype,
+        **engine_arguments(c),
     )
 
 

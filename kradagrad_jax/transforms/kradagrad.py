@@ -13,6 +13,7 @@ from kradagrad_jax.transforms.common import (
     build,
     check_choice,
     choose,
+    per_mode,
 )
 
 _COMMON = ENGINE_DEFAULTS | {
@@ -122,7 +123,8 @@ def scale_by_kradagrad_star(
       beta1: as in :func:`scale_by_shampoo`.
       beta2: ``L <- L / beta2`` before each step. Below 1, L grows without bound along directions
         that gradients leave out.
-      exponent: overrides ``1/(2k)`` per mode.
+      exponent: overrides ``1/(2j)``, j the number of modes with a factor; a number, a tuple per
+        mode, a mapping or a name as in :func:`scale_by_shampoo`.
       root: ``"eigh"``, ``"newton"`` (matmuls only), ``"tracked"`` (eigenbasis carried along;
         matmuls only but for the first refresh); the factored and exact forms use an SVD.
       root_damping: added to the eigenvalues before the root (official: 1e-8).
@@ -159,7 +161,8 @@ def scale_by_kradagrad_star(
       Algorithms 1 and 3.
     """
     given = {k: v for k, v in locals().items() if k != "preset"}
-    c = choose(preset, STAR_PRESETS, given)
+    c = choose(preset, STAR_PRESETS, given, may_be_off=("beta1",))
+    c["exponent"], c["layout"] = per_mode(c["exponent"], c["layout"])
     return build(star_method(_options(c, ("direct", "factored", "exact", "delayed"))), c)
 
 
@@ -207,7 +210,7 @@ def scale_by_kradagrad(
       damping: eps of ``L - eps L^2``.
       beta1: averaging of gradients.
       beta2: growth of L.
-      exponent: overrides 1/2 per mode.
+      exponent: overrides 1/2 per mode; as in :func:`scale_by_shampoo`.
       root: ``"eigh"``, ``"newton"``, ``"tracked"``.
       root_damping: added before the root.
       graft: step length.
@@ -240,5 +243,6 @@ def scale_by_kradagrad(
       Algorithm 2.
     """
     given = {k: v for k, v in locals().items() if k != "preset"}
-    c = choose(preset, ALTERNATING_PRESETS, given)
+    c = choose(preset, ALTERNATING_PRESETS, given, may_be_off=("beta1",))
+    c["exponent"], c["layout"] = per_mode(c["exponent"], c["layout"])
     return build(alternating_method(_options(c, ("direct", "factored", "exact"))), c)

@@ -12,7 +12,7 @@ from kradagrad_jax.engine.layers import scale_by_layers
 from kradagrad_jax.factors.lowrank import low_rank_method
 from kradagrad_jax.factors.lowrank_options import LowRankOptions, Online, Sketch
 from kradagrad_jax.transforms import clipping
-from kradagrad_jax.transforms.common import check_choice, choose
+from kradagrad_jax.transforms.common import check_choice, choose, engine_arguments
 
 _RECOMMENDED: dict[str, Any] = {
     "sketch": Sketch(),
@@ -61,7 +61,8 @@ def _build(
 ) -> optax.GradientTransformationExtraArgs:
     """``fixed``: decomposition, overwrite and correct of :class:`LowRankOptions`."""
     tracked = "online" in given
-    c = choose(preset, ONLINE_PRESETS if tracked else PRESETS, given)
+    presets = ONLINE_PRESETS if tracked else PRESETS
+    c = choose(preset, presets, given, may_be_off=("rms_clip",))
     check_choice("start", c["start"], ("corrected", "counted", "identity"))
     check_choice("approx", c["approx"], ("expand", "reduce"))
     plain = LowRankOptions(
@@ -85,14 +86,8 @@ def _build(
         form="rows" if tracked else "grams",
         approx=c["approx"],
         joint_bias=c["joint_bias"],
-        clip=clipping.rms_clip(c["rms_clip"]) if c["rms_clip"] != "none" else None,
-        fallback=c["fallback"],
-        graft=c["graft"],
-        refresh_every=c["refresh_every"],
-        statistics_every=c["statistics_every"],
-        timing=c["timing"],
-        sharding=c.get("sharding"),
-        factor_dtype=c.get("factor_dtype"),
+        clip=None if c["rms_clip"] is None else clipping.rms_clip(c["rms_clip"]),
+        **engine_arguments(c),
     )
 
 

@@ -12,6 +12,7 @@ from kradagrad_jax.transforms.common import (
     build,
     check_choice,
     choose,
+    per_mode,
 )
 
 RULES = ("relative", "absolute", "shift", "pseudo", "none")
@@ -96,7 +97,10 @@ def scale_by_shampoo(
         know ``"relative"``, ``"absolute"`` (both ``s^2 + rho``) and ``"clamp"`` (``max(s^2, rho)``,
         the rule that needs no damping in the statistic).
       initial: statistics start at ``initial * I``.
-      exponent: overrides ``1/(2k)`` (a positive number).
+      exponent: overrides ``1/(2j)``, j the number of modes with a factor: a positive number; a
+        tuple with one per mode (0: the mode has no factor, no state, no cost); a mapping from the
+        number of modes to either; ``"one_sided"`` (1/2 on the shorter mode alone; also
+        ``"longer"``, ``"input"``, ``"output"``).
       statistics: ``"gram"``, or ``"square_root"`` / :class:`SquareRoot`: R with R^T R = S is kept
         and updated by QR, which gives float32 the quality of float64 on ill-conditioned problems.
       root: ``"eigh"``, ``"newton"`` (matmuls only), ``"tracked"`` (the eigenbasis is carried from
@@ -140,7 +144,8 @@ def scale_by_shampoo(
       `Agarwal et al. <https://arxiv.org/abs/2002.11803>`_, 2020.
     """
     given = {k: v for k, v in locals().items() if k != "preset"}
-    c = choose(preset, PRESETS, given)
+    c = choose(preset, PRESETS, given, may_be_off=("beta1",))
+    c["exponent"], c["layout"] = per_mode(c["exponent"], c["layout"])
     form = c["statistics"]
     if not isinstance(form, SquareRoot):
         check_choice("statistics", form, ("gram", "square_root"))

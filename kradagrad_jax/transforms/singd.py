@@ -12,13 +12,12 @@ from kradagrad_jax.engine import Graft, Interval, Sharding, Timing
 from kradagrad_jax.engine.layers import scale_by_layers
 from kradagrad_jax.factors.singd import SingdOptions, singd_method
 from kradagrad_jax.linalg.structures import Structure, structure
-from kradagrad_jax.transforms.common import check_choice, choose
+from kradagrad_jax.transforms.common import check_choice, choose, engine_arguments
 
 Name = str | Structure
 Names = Name | tuple[Name, Name]
 Overrides = Sequence[tuple[str | Callable[[Any], bool], Names | None]]
 Pair = tuple[Structure, Structure]
-NEVER = 2**30  # the engine's own refresh does nothing: folding a statistic in is the refresh
 
 
 def ingd_warm_up(count: jax.Array) -> jax.Array:
@@ -302,10 +301,6 @@ def _build(spec: Any, c: dict[str, Any], adaptive: bool) -> optax.GradientTransf
         approx=c["approx"],
         joint_bias=c["joint_bias"],
         channels_first=first,
-        fallback=c["fallback"],
-        graft=c["graft"],
-        refresh_every=NEVER,
-        statistics_every=c["refresh_every"],
-        timing=c["timing"],
-        sharding=c.get("sharding"),
+        # folding a statistic in is the refresh; factors have dtypes of their own
+        **engine_arguments(c | {"statistics_every": c["refresh_every"], "factor_dtype": None}),
     )

@@ -15,21 +15,19 @@ from kradagrad_jax.engine import (
     Layout,
     Sharding,
     Timing,
-    as_graft,
     scale_by_blocks,
 )
-from kradagrad_jax.engine.layout import Plan
-from kradagrad_jax.engine.options import Source
+from kradagrad_jax.engine.plan import Plan
+from kradagrad_jax.engine.static import Source
 from kradagrad_jax.factors.sirfshampoo import SirfOptions, sirf_method
 from kradagrad_jax.linalg.structures import Structure, structure
-from kradagrad_jax.transforms.common import choose, diagonal_fallback
-from kradagrad_jax.transforms.sampled import WHOLE, scalars_as_vectors
+from kradagrad_jax.transforms.common import choose, engine_arguments
+from kradagrad_jax.transforms.sampled import WHOLE
 
 Name = str | Structure
 PerAxis = Name | tuple[Name, ...] | Mapping[int, "Name | tuple[Name, ...]"]
 Overrides = Sequence[tuple[str | Callable[[str, tuple[int, ...]], bool], PerAxis]]
 FLATTEN = "flatten:"
-NEVER = 2**30  # the engine's own refresh does nothing: folding a gradient in is the refresh
 
 _OFFICIAL: dict[str, Any] = {
     "batch_size": None,
@@ -161,23 +159,15 @@ def scale_by_sirfshampoo(
                 return str(i)
         return "0"
 
-    graft = as_graft(c["graft"])
-    tx = scale_by_blocks(
+    if len(methods) > 1:
+        c["layout"] = dataclasses.replace(c["layout"], group=group)
+    # folding a gradient in is the refresh; factors have dtypes of their own
+    engine = c | {"statistics_every": c["refresh_every"], "factor_dtype": None}
+    return scale_by_blocks(
         methods if len(methods) > 1 else methods["0"],
-        layout=_grouped(c["layout"], group) if len(methods) > 1 else c["layout"],
-        timing=c["timing"],
-        sharding=c.get("sharding"),
-        refresh_every=NEVER,
-        statistics_every=c["refresh_every"],
-        graft=graft,
-        fallback=diagonal_fallback(graft, c["fallback"]),
         source=_source(c["batch_size"]),
+        **engine_arguments(engine),
     )
-    return scalars_as_vectors(tx) if c["layout"].vectors == "block" else tx
-
-
-def _grouped(layout: Layout, group: Callable[[str, tuple[int, ...]], str]) -> Layout:
-    return dataclasses.replace(layout, group=group)
 
 
 def _method(c: dict[str, Any], per_axis: PerAxis) -> Any:

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from kradagrad_jax.engine import Interval, Layout, Sharding, Timing, scale_by_blocks
-from kradagrad_jax.engine.layers import LayerTransformation, scale_by_layers
+from kradagrad_jax.engine.layers import scale_by_layers
 from kradagrad_jax.engine.timing import interval_at
 from kradagrad_jax.factors.tnt import TntOptions, tnt_method
 from kradagrad_jax.transforms import sampled
-from kradagrad_jax.transforms.common import check_choice, choose
+from kradagrad_jax.transforms.common import check_choice, choose, engine_arguments
 
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["paper"] = PRESETS["recommended"] | {
     "averaging": "first",
     "max_dim": None,
-    "max_rate": None,
+    "max_rate": "none",
 }
 PRESETS["official_cnn"] = PRESETS["paper"] | {
     "damping": 0.01,
@@ -126,8 +126,7 @@ def scale_by_tnt(
       fisher_scale: multiplies every statistic; the batch size gives the Fisher matrix. Default 1.
       max_rate: the direction of a block is shortened to ``max_rate / learning_rate`` times the
         length of its momentum: no block ever moves further than SGD with this learning rate would.
-        Recommended: 1 where ``learning_rate`` is known. None in the preset, ``inf`` as argument:
-        no bound.
+        Recommended: 1 where ``learning_rate`` is known. ``"none"``: no bound.
       learning_rate: what updates will be multiplied by, for ``max_rate``: a number or a schedule.
       early_refresh: inverses at every statistic until ``refresh_every`` steps are done.
       layout: how parameters are cut into blocks (``block_size``, ``stacked``, ``include``; its
@@ -144,8 +143,8 @@ def scale_by_tnt(
 
     Returns:
       A GradientTransformationExtraArgs whose state is a :class:`BlockState` with a ``TntFactor``
-      per block shape: ``2 sum d_i^2`` numbers per block, and one copy of the parameters. Its ``mu``
-      is the bias-corrected average that is proportional to the momentum.
+      per block shape: ``2 sum d_i^2`` numbers per block, and one copy of the parameters for the
+      momentum, ``mu``.
 
     Raises:
       ValueError: unknown preset or choice; combinations that do not exist; ``max_rate`` without
@@ -165,33 +164,17 @@ def scale_by_tnt(
     References:
       Ren and Goldfarb, `Tensor Normal Training <https://arxiv.org/abs/2106.02925>`_, 2021.
     """
-    own = ("preset", "spec", "learning_rate", "factor_dtype", "mu_dtype")
-    given = {k: v for k, v in locals().items() if k not in own}
-    c = choose(preset, PRESETS, given)
+    given = {k: v for k, v in locals().items() if k not in ("preset", "spec", "learning_rate")}
+    c = choose(preset, PRESETS, given, may_be_off=("beta1", "max_rate"))
     method = tnt_method(tnt_options(c, max_rate, learning_rate, spec is not None))
-    momentum = None if isinstance(c["beta1"], str) else c["beta1"]
-    fallback = c["fallback"] or ("identity" if spec is None else "adam")
-    engine: dict[str, Any] = {
-        "refresh_every": _refresh_interval(c),
-        "statistics_every": c["statistics_every"],
-        "timing": c["timing"],
-        "sharding": c.get("sharding"),
-        "fallback": fallback,
-        "beta1": momentum,
-        "factor_dtype": factor_dtype,
-        "mu_dtype": mu_dtype,
-    }
+    c["fallback"] = c["fallback"] or ("identity" if spec is None else "adam")
+    c["refresh_every"] = _refresh_interval(c)
+    engine = engine_arguments(c) | {"average": "sum"}
     if spec is not None:
-        layers = scale_by_layers(method, spec, form="rows", **engine)
-        out = LayerTransformation(*sampled.heavy_ball(layers, momentum, layers.covered, fallback))
-        out.covered = layers.covered
-        return out
-    layout = sampled.unmerged(c["layout"])
-    blocks = scale_by_blocks(
-        method, layout=layout, source=sampled.source("tnt", c["fisher"]), **engine
-    )
-    covered = sampled.covered_by(layout)
-    return sampled.heavy_ball(sampled.scalars_as_vectors(blocks), momentum, covered, fallback)
+        del engine["layout"]
+        return scale_by_layers(method, spec, form="rows", **engine)
+    engine["layout"] = sampled.unmerged(c["layout"])
+    return scale_by_blocks(method, source=sampled.source("tnt", c["fisher"]), **engine)
 
 
 def tnt_options(c: dict[str, Any], max_rate: Any, learning_rate: Any, layers: bool) -> TntOptions:

@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kradagrad_jax.engine import BlockState, stacks
-from kradagrad_jax.engine.options import plan_of
-from kradagrad_jax.factors.method import Step
+from kradagrad_jax.engine import BlockState, Graft, Timing
+from kradagrad_jax.engine.fold import fold
+from kradagrad_jax.engine.static import Options, plan_of, static_of
+from kradagrad_jax.engine.timing import Now
 from kradagrad_jax.factors.modes import axis_groups
 from kradagrad_jax.factors.tnt import TntFactor, tnt_method
 from kradagrad_jax.transforms import sampled
@@ -39,22 +40,24 @@ def tnt_warm_start(state: Any, samples: Any, params: Any, **options: Any) -> Any
     c = choose(preset, PRESETS, options)
     method = tnt_method(tnt_options(c, None, None, False)._replace(averaging="mean"))
     layout = sampled.unmerged(c["layout"])
-    plan = plan_of(sampled.scalars_to_vectors(params), layout, c.get("factor_dtype"))
-    zero = jnp.zeros((), jnp.int32)
-    step = Step(zero, zero, 1, jnp.zeros((), bool))
+    options_of_engine = Options(
+        method, layout, Timing(), 1, 1, "first", Graft(), "identity", None, "mean",
+        c.get("factor_dtype"), None, sampled.source("tnt", c["fisher"]), None,
+    )  # fmt: skip
+    zero, yes = jnp.zeros((), jnp.int32), jnp.ones((), bool)
+    now = Now(zero, zero + 1, yes, True, 1, 1)
     found = []
 
-    def fold(x: Any) -> Any:
+    def warmed(x: Any) -> Any:
         if not _is_tnt(x):
             return x
         found.append(x)
-        stored = stacks.as_stored(plan, x.factors)
-        stacks.check(method, stored, x.factors)
-        new = sampled.stacked(stored, samples)
-        factors, bad = stacks.accumulate(method, stored, x.factors, new, step)
-        return x._replace(factors=factors, rejected=x.rejected + bad)
+        s = static_of(options_of_engine, params, x)
+        new = sampled.stacked(s.plan, samples)
+        kept, _, bad = fold(s, now, x.kept(), new, new)
+        return x.keeping(kept, rejected=x.rejected + sum(bad.values()))
 
-    out = jax.tree.map(fold, state, is_leaf=_is_tnt)
+    out = jax.tree.map(warmed, state, is_leaf=_is_tnt)
     if not found:
         raise ValueError("the optimizer state holds no TNT statistics")
     return out
@@ -87,9 +90,10 @@ def tnt_rates(params: Any, learning_rate: float, **options: Any) -> dict[str, fl
     preset = options.pop("preset", "recommended")
     c = choose(preset, PRESETS, options)
     out = {}
-    plan = plan_of(sampled.scalars_to_vectors(params), sampled.unmerged(c["layout"]))
-    for leaf in plan.covered:
-        modes = len(axis_groups(c["grouping"], leaf.merged))
+    plan = plan_of(params, sampled.unmerged(c["layout"]))
+    for group in plan.covered:
+        modes = len(axis_groups(c["grouping"], group.merged))
         power = modes if c["damping_rule"] == "per_mode" else 1
-        out[leaf.path] = float(f"{learning_rate / c['damping'] ** power:.12g}")
+        rate = float(f"{learning_rate / c['damping'] ** power:.12g}")
+        out |= dict.fromkeys(group.paths, rate)
     return out

@@ -53,7 +53,7 @@ def reference(blocks, every):
 def test_every_block_is_treated_alone(every):
     """Two equal shapes in one bucket, a cut matrix and a tail: block by block as in numpy."""
     params = {"a": jnp.ones((4, 3)), "b": jnp.ones((4, 3)), "c": jnp.ones((5, 3))}
-    layout = kj.Layout(block_size=4, merge="none", split="tail")
+    layout = kj.Layout(block_size=4, merge="none", pieces="tail")
     tx = kj.scale_by_blocks(scalar_whitening(), layout=layout, refresh_every=every)
     update, state = jax.jit(tx.update), tx.init(params)
     grads = [grads_at(params, t) for t in range(4)]

@@ -4,17 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kradagrad_jax.engine.options import plan_of
 
 import kradagrad_jax as kj
 from kradagrad_jax.engine import buckets
 from kradagrad_jax.engine.layout import merge_dims
-from kradagrad_jax.engine.options import plan_of
 
 LAYOUTS = [
     kj.Layout(block_size=4),
-    kj.Layout(block_size=4, split="tail"),
+    kj.Layout(block_size=4, pieces="tail"),
     kj.Layout(block_size=5, merge="none", vectors="block"),
-    kj.Layout(block_size=7, merge="greedy", vectors="block", split="tail"),
+    kj.Layout(block_size=7, merge="greedy", vectors="block", pieces="tail"),
     kj.Layout(block_size=None),
     kj.Layout(block_size=3, stacked="stacked"),
 ]
@@ -71,7 +71,7 @@ def test_merging(shape, merge, cap, expected):
 
 def test_blocks_come_first_mode_slowest():
     params = {"w": jnp.arange(35.0).reshape(7, 5)}
-    layout = kj.Layout(block_size=4, split="tail")
+    layout = kj.Layout(block_size=4, pieces="tail")
     state = kj.scale_by_shampoo(layout=layout, beta1="none", graft="none").init(params)
     from kradagrad_jax.engine import block_factors
 

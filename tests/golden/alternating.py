@@ -11,6 +11,7 @@ from kradagrad_jax.factors.krad import scheduled_mode
 from tests.golden.case import Case, schedule
 from tests.golden.quirks import overwriting_trace, rounded_to_float32
 from tests.golden.recorded import Recorded, UnknownFile
+from tests.reading import blocks_of
 
 
 def build_alternating(
@@ -31,7 +32,7 @@ def build_alternating(
     }
     rounded = "removed" not in file.source
     fresh = c["root_every"] == 1 and c["start"] <= 1
-    one_block = all(" 1 of " in f" {row[3]}" for row in kj.describe(params, layout).rows)
+    one_block = all(len(b) == 1 for b in blocks_of(params, layout).values())
     if not one_block:
         raise UnknownFile(
             f"{file.name}: the official class refreshes the roots of the first block only"

@@ -10,6 +10,7 @@ import optax
 import kradagrad_jax as kj
 from kradagrad_jax.engine import block_factors
 from tests.golden.recorded import UnknownFile
+from tests.reading import orders
 
 Factors = dict[str, dict[str, list[jax.Array]]]  # name -> kind -> flat list of matrices
 
@@ -34,16 +35,15 @@ class Case:
         for label, block_state in _block_states(state):
             seen = params
             if label is not None:
-                orders = orders_of(params, self.layout)
+                of = orders(params, self.layout)
                 seen = {
-                    n: p if str(orders[n]) == label else optax.MaskedNode()
-                    for n, p in params.items()
+                    n: p if str(of[n]) == label else optax.MaskedNode() for n, p in params.items()
                 }
             for name, blocks in block_factors(block_state, seen, self.layout).items():
                 found.setdefault(
                     name,
                     {
-                        kind: [m for block in blocks for m in getattr(block, kind)]
+                        kind: [m for block in blocks for m in getattr(block, kind) if m is not None]
                         for kind in ("statistics", "preconditioners")
                     },
                 )
@@ -62,19 +62,13 @@ def _block_states(state: Any, label: str | None = None):
             yield from _block_states(part, label)
 
 
-def orders_of(params: dict[str, jax.Array], layout: kj.Layout) -> dict[str, int]:
-    """Number of modes of every parameter after merging; 0 where it has no factors."""
-    rows = kj.describe(params, layout).rows
-    return {path: 0 if merged is None else len(merged) for path, _, merged, _ in rows}
-
-
 def per_order(
     params: dict[str, jax.Array],
     layout: kj.Layout,
     make: Callable[[int], optax.GradientTransformation],
 ) -> optax.GradientTransformation:
     """One transformation per order: for exponents that are not the same for all parameters."""
-    labels = {name: str(k) for name, k in orders_of(params, layout).items()}
+    labels = {name: str(k) for name, k in orders(params, layout).items()}
     return optax.partition({k: make(int(k)) for k in sorted(set(labels.values()))}, labels)
 
 

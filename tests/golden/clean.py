@@ -24,7 +24,7 @@ def build(file: Recorded, params: dict[str, jax.Array]) -> Case:
         block_size=c["block"] or None,
         merge="greedy" if c["merge"] else "none",
         merge_cap=c["merge"] or None,
-        split="tail",
+        pieces="tail",
         vectors="block",
     )
     options: dict[str, Any] = {

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import optax
 
 import kradagrad_jax as kj
-from tests.golden.case import Case, check_keys, per_order, schedule
-from tests.golden.recorded import Recorded, UnknownFile
+from kradagrad_jax.transforms.common import per_mode
+from tests.golden.case import Case, check_keys, schedule
+from tests.golden.recorded import Recorded
+from tests.reading import with_averages
 
 KEYS = (
     "lr betas beta3 epsilon weight_decay max_preconditioner_dim precondition_frequency "
@@ -25,7 +27,7 @@ def build(file: Recorded, params: dict[str, jax.Array]) -> Case:
     every = c["precondition_frequency"]
     start = every if c["start_preconditioning_step"] == -1 else c["start_preconditioning_step"]
     layout = kj.Layout(
-        block_size=c["max_preconditioner_dim"], merge="none", split="tail", vectors="block"
+        block_size=c["max_preconditioner_dim"], merge="none", pieces="tail", vectors="block"
     )
     graft = _graft(c["grafting"], file.name)
     timing = schedule(1, 0, every, 0, start)
@@ -43,18 +45,14 @@ def build(file: Recorded, params: dict[str, jax.Array]) -> Case:
         "layout": layout,
         **timing,
     }
-    overrides = {int(k): v for k, v in (c["inverse_exponent_override"] or {}).items()}
-    if any(isinstance(v, dict) for v in overrides.values()):
-        raise UnknownFile(f"{file.name}: exponents per mode are not supported")
-    if not overrides and beta3 == beta1 and c["use_bias_correction"]:
+    given = c["inverse_exponent_override"] or {}
+    options["exponent"] = {int(k): _exponents(int(k), v) for k, v in given.items()} or None
+    layout = per_mode(options["exponent"], layout)[1]
+    if beta3 == beta1 and c["use_bias_correction"]:
         return Case(kj.shampoo(c["lr"], weight_decay=c["weight_decay"], **options), layout)
-
-    def scale_by(order: int) -> optax.GradientTransformation:
-        return kj.scale_by_shampoo(exponent=overrides.get(order), **options)
-
-    inner = per_order(params, layout, scale_by) if overrides else scale_by(0)
-    if beta3 != beta1 or not c["use_bias_correction"]:
-        inner = other_filter(inner, beta1, beta3, c["use_bias_correction"])
+    inner = kj.scale_by_shampoo(**options)
+    if beta3 or beta1 or not c["use_bias_correction"]:
+        inner = other_filter(inner, beta1, beta3, c["use_bias_correction"], layout)
     return Case(
         optax.chain(
             inner,
@@ -63,6 +61,13 @@ def build(file: Recorded, params: dict[str, jax.Array]) -> Case:
         ),
         layout,
     )
+
+
+def _exponents(order: int, given: Any) -> Any:
+    """One number for all modes, or one per mode: modes that are not named keep 1/(2 order)."""
+    if not isinstance(given, dict):
+        return given
+    return tuple(given.get(str(i), 1 / (2 * order)) for i in range(order))
 
 
 def _graft(given: dict[str, Any] | None, name: str) -> kj.Graft:
@@ -82,7 +87,11 @@ class _Filter(NamedTuple):
 
 
 def other_filter(
-    inner: optax.GradientTransformation, beta1: float, beta3: float, corrected: bool
+    inner: optax.GradientTransformation,
+    beta1: float,
+    beta3: float,
+    corrected: bool,
+    layout: kj.Layout,
 ) -> optax.GradientTransformation:
     """The filter `(beta3 m + (1 - beta3) g) / (1 - beta3 beta1^(t-1))` around our own.
 
@@ -97,7 +106,7 @@ def other_filter(
 
     def update(g: Any, state: _Filter, params: Any = None) -> tuple[Any, _Filter]:
         t = state.count + 1
-        placed = optax.tree.set(state.inner, mu=state.mean) if beta3 or beta1 else state.inner
+        placed = with_averages(state.inner, state.mean, layout) if beta3 or beta1 else state.inner
         u, new = inner.update(g, placed, params)
         ours = 1 - beta3 ** t.astype(jnp.float64)
         theirs = 1 - beta3 * beta1 ** (t - 1).astype(jnp.float64) if corrected else 1.0

@@ -1,6 +1,7 @@
 """Files of Ginger: the authors' optimizer, and folds of several vectors at once."""
 
 import contextlib
+import dataclasses
 import re
 from typing import Any
 
@@ -13,10 +14,10 @@ import kradagrad_jax as kj
 from kradagrad_jax.curvature.samples import Samples
 from kradagrad_jax.engine import block_factors
 from kradagrad_jax.transforms.ginger import scale_by_ginger
-from kradagrad_jax.transforms.sampled import scalars_to_vectors
 from tests.golden.case import check_keys
 from tests.golden.kfac import relative
 from tests.golden.recorded import UnknownFile
+from tests.reading import averages
 from tests.x64 import x64
 
 METHODS = ("ginger", "ginger_batch")
@@ -108,7 +109,8 @@ def _errors(raw: dict[str, Any]) -> dict[str, float]:
                 matrix = u * np.asarray(expected["sigma"]) @ u.T
             note("G", (basis.T * sigma) @ basis, matrix)
             if "mu" in expected:
-                note("mu", state[0].mu[name], expected["mu"])
+                layout = dataclasses.replace(WHOLE, joined=whole_model)
+                note("mu", averages(state[0], params, layout)[name], expected["mu"])
     return worst
 
 
@@ -118,6 +120,6 @@ def _basis(state: Any, params: Any, name: str, whole_model: bool) -> tuple[np.nd
         (stack,) = state.factors.values()
         factor = jax.tree.map(lambda x: x[0], stack)
     else:
-        factor = block_factors(state, scalars_to_vectors(params), WHOLE)[name][0]
+        factor = block_factors(state, params, WHOLE)[name][0]
     basis = np.asarray(factor.basis)
     return basis.reshape(len(basis), -1), np.asarray(factor.values)

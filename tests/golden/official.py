@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 
 import kradagrad_jax as kj
+from tests import reading
 from tests.golden.alternating import build_alternating
-from tests.golden.case import NEVER, Case, check_keys, orders_of, per_order, schedule
+from tests.golden.case import NEVER, Case, check_keys, per_order, schedule
 from tests.golden.official_roots import own_method
 from tests.golden.quirks import two_tracks
 from tests.golden.recorded import Recorded, UnknownFile
@@ -34,7 +35,7 @@ def build(file: Recorded, params: dict[str, jax.Array]) -> Case:
         block_size=c["block"] or None,
         merge="greedy" if c["merge"] else "none",
         merge_cap=c["block"] or None,
-        split="tail",
+        pieces="tail",
         vectors="block",
     )
     if file.method == "kradagrad":
@@ -61,7 +62,7 @@ def build(file: Recorded, params: dict[str, jax.Array]) -> Case:
         never = {"timing": kj.Timing(start=NEVER, first_refresh=NEVER), "refresh_every": 1}
         grafted = _scale_by(file.method, c, params, shared | never)
         grafted = optax.chain(grafted, optax.scale(scale))
-    orders = orders_of(params, layout)
+    orders = reading.orders(params, layout)
     tracks = two_tracks(inner, grafted, kind, c, orders)
     return Case(optax.chain(tracks, optax.scale_by_learning_rate(c["lr"])), layout)
 

@@ -38,7 +38,7 @@ def build(file: Recorded, params: dict[str, jax.Array]) -> Case:
         block_size=c["block_size"],
         merge="greedy" if c["best_effort_shape_interpretation"] else "none",
         merge_cap=4096,
-        split="tail",
+        pieces="tail",
         vectors="block",
         max_dim=4096,
     )

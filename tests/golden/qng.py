@@ -1,5 +1,6 @@
 """Files of QNG, the quasi-Newton optimizer beside Ginger: composed from its block method."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,7 +12,6 @@ from kradagrad_jax.curvature.samples import Samples
 from kradagrad_jax.engine import scale_by_blocks
 from kradagrad_jax.factors import QngOptions, qng_method
 from kradagrad_jax.transforms import sampled
-from kradagrad_jax.transforms.flat import as_one_vector
 from tests.golden.case import check_keys
 from tests.golden.kfac import relative
 from tests.x64 import x64
@@ -26,16 +26,15 @@ def tolerance_of(raw: dict[str, Any]) -> float:
 
 def qng(options: QngOptions, beta1: float) -> optax.GradientTransformationExtraArgs:
     """All leaves as one vector, sums of gradients, curvature vectors from `curvature=`."""
-    engine = scale_by_blocks(
+    return scale_by_blocks(
         qng_method(options),
-        layout=sampled.WHOLE,
+        layout=dataclasses.replace(sampled.WHOLE, joined=True),
         source=sampled.source("qng", "model", vectors=True),
         graft="none",
         fallback="identity",
         beta1=beta1,
+        average="sum",
     )
-    everything = lambda tree: jax.tree.map(lambda _: True, tree)  # noqa: E731
-    return sampled.heavy_ball(as_one_vector(engine), beta1, everything, "identity")
 
 
 def errors_of(raw: dict[str, Any]) -> dict[str, float]:

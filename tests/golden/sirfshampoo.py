@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from kradagrad_jax.engine import Timing, block_factors
-from kradagrad_jax.transforms.sampled import WHOLE, scalars_to_vectors
-from kradagrad_jax.transforms.sirfshampoo import NEVER, scale_by_sirfshampoo
-from tests.golden.case import check_keys
+from kradagrad_jax.transforms.sampled import WHOLE
+from kradagrad_jax.transforms.sirfshampoo import scale_by_sirfshampoo
+from tests.golden.case import NEVER, check_keys
 from tests.golden.kfac import relative
 from tests.golden.recorded import UnknownFile
 from tests.golden.singd import structure_of
@@ -67,7 +67,7 @@ def trajectory(raw: dict[str, Any], dtype: Any) -> dict[str, float]:
         step = jax.tree.map(lambda u, p: u + c["kappa"] * p, z, params)
         buffer = jax.tree.map(lambda b, s: c["alpha1"] * b + s, buffer, step)
         params = jax.tree.map(lambda p, b: p - c["lr"] * b, params, buffer)
-        factors = block_factors(state, scalars_to_vectors(params), layout)
+        factors = block_factors(state, params, layout)
         for name in names:
             worst["params"] = max(
                 worst["params"], relative(params[name], outputs["params"][t][name])

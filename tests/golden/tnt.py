@@ -13,12 +13,12 @@ from kradagrad_jax.curvature import CaptureSpec, Curvature, Layer, losses
 from kradagrad_jax.curvature.samples import Samples, sampled_gradients
 from kradagrad_jax.engine import block_factors
 from kradagrad_jax.factors.tnt import TntFactor
-from kradagrad_jax.transforms.sampled import scalars_to_vectors
 from kradagrad_jax.transforms.tnt import scale_by_tnt
 from kradagrad_jax.transforms.tnt_tools import tnt_warm_start
 from tests.golden.case import check_keys
 from tests.golden.kfac import relative
 from tests.golden.recorded import UnknownFile
+from tests.reading import averages
 from tests.x64 import x64
 
 METHODS = ("tnt", "tnt_ef")
@@ -104,7 +104,7 @@ def _optimizer(c: dict[str, Any], options: dict[str, Any]) -> Any:
 
 
 def _factors(state: Any, params: dict[str, jax.Array]) -> dict[str, TntFactor]:
-    found = block_factors(state[0], scalars_to_vectors(params), WHOLE)
+    found = block_factors(state[0], params, WHOLE)
     return {name: blocks[0] for name, blocks in found.items()}
 
 
@@ -149,8 +149,8 @@ def _trajectory(raw: dict[str, Any]) -> dict[str, float]:
                 inverses = outputs["inverse"][t][name]
                 worst.factors("inverse", factors[name].preconditioners, inverses)
             if "momentum" in outputs:
-                average = state[0].mu[name] / (1 - c["momentum"])
-                worst.note("momentum", average, outputs["momentum"][t][name])
+                momentum = averages(state[0], params, WHOLE)[name]
+                worst.note("momentum", momentum, outputs["momentum"][t][name])
     return worst
 
 

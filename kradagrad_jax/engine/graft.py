@@ -1,0 +1,140 @@
+"""Grafting: the length of the step is taken from another method, the direction from ours."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from kradagrad_jax.engine import timing
+
+if TYPE_CHECKING:
+    from kradagrad_jax.engine.placement import Share
+    from kradagrad_jax.engine.state import Kept
+    from kradagrad_jax.engine.static import Static
+    from kradagrad_jax.engine.timing import Now
+
+_ADAPTIVE = ("adagrad", "rmsprop", "adam")
+Stacks = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Graft:
+    """Where the length of a step comes from (arXiv 2002.11803; shampoo spec section 3.4).
+
+    Attributes:
+      kind: ``"none"``: no rescaling. ``"sgd"``: the norm of the gradient. ``"adagrad"``,
+        ``"rmsprop"``, ``"adam"``: the norm of ``g / (sqrt(v) + eps)`` with ``v`` the sum of
+        squares, their average, their bias-corrected average.
+      beta2: decay of the average of squares (rmsprop, adam).
+      eps: added to the square root.
+      per: norms over the whole ``"parameter"`` (each layer of a stack by itself) or over each
+        ``"block"``.
+      normalize: ``v`` and the direction are built from ``g / ||g||``.
+    """
+
+    kind: Literal["none", "sgd", "adagrad", "rmsprop", "adam"] = "none"
+    beta2: float = 0.999
+    eps: float = 1e-8
+    per: Literal["parameter", "block"] = "parameter"
+    normalize: bool = False
+
+    def __post_init__(self):
+        if self.kind not in ("none", "sgd", *_ADAPTIVE):
+            raise ValueError(
+                f"graft must be one of none, sgd, adagrad, rmsprop, adam; got {self.kind!r}"
+            )
+        if self.per not in ("parameter", "block"):
+            raise ValueError(f"Graft.per must be 'parameter' or 'block', got {self.per!r}")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether it keeps an accumulator of squares."""
+        return self.kind in _ADAPTIVE
+
+
+def as_graft(graft: "Graft | str | None") -> Graft:
+    """A Graft from its name, itself, or None (no grafting)."""
+    if graft is None:
+        return Graft("none")
+    return Graft(graft) if isinstance(graft, str) else graft  # type: ignore[arg-type]
+
+
+def accumulate(graft: Graft, nu: jax.Array, g: jax.Array) -> jax.Array:
+    """New accumulator of squares, in the dtype of ``nu``; ``g`` normalized where that is asked."""
+    x = g.astype(nu.dtype)
+    if graft.kind == "adagrad":
+        return nu + x * x
+    return graft.beta2 * nu + (1.0 - graft.beta2) * x * x
+
+
+def direction(
+    graft: Graft, nu: jax.Array | None, filtered: jax.Array, steps: jax.Array
+) -> jax.Array:
+    """The step that the graft's own method would take (up to its learning rate).
+
+    Args:
+      graft: the method.
+      nu: accumulator of squares after this step, for adaptive kinds.
+      filtered: gradient, or its average where ``beta1`` is used; normalized where that is asked.
+      steps: number of accepted gradients, for the bias correction.
+    """
+    if nu is None:
+        return filtered
+    v = nu.astype(filtered.dtype)
+    if graft.kind == "adam":
+        v = v / (1.0 - jnp.asarray(graft.beta2, v.dtype) ** steps.astype(v.dtype))
+    return filtered / (jnp.sqrt(v) + graft.eps)
+
+
+def lengthen(
+    s: "Static",
+    share: "Share",
+    now: "Now",
+    kept: "dict[str, Kept]",
+    blocks: Stacks,
+    filtered: Stacks,
+    u: Stacks,
+) -> "tuple[dict[str, Kept], Stacks]":
+    """Gives directions the length of the graft's, blended in after the start; new ``nu``."""
+    graft, out = s.options.graft, dict(kept)
+    unit = (lambda x: _over(x, _norms(share, graft, x), 1e-16)) if graft.normalize else _same
+    targets = unit(filtered)
+    squares = unit(blocks) if graft.adaptive else blocks
+    for key, k in kept.items():
+        if k.nu is not None:
+            new = jnp.where(now.usable, accumulate(graft, k.nu, squares[key]), k.nu)
+            out[key] = k._replace(nu=new)
+        targets[key] = direction(graft, out[key].nu, targets[key], now.accepted)
+    if graft.kind != "none":
+        lengths, wanted = (_norms(share, graft, x) for x in (u, targets))
+        u = {
+            # a direction of length zero stays zero: dividing by a tiny number gives 0 * inf
+            key: x * (wanted[key] / jnp.where(lengths[key] > 0, lengths[key], 1)).astype(x.dtype)
+            for key, x in u.items()
+        }
+    part = timing.blend(now.count, s.options.timing)
+    if part is not None:
+        u = {key: _blended(x, targets[key], part) for key, x in u.items()}
+    return out, {key: jnp.where(now.usable, x, 0) for key, x in u.items()}
+
+
+def _same(x: Stacks) -> Stacks:
+    return dict(x)
+
+
+def _blended(u: jax.Array, d: jax.Array, part: jax.Array) -> jax.Array:
+    part = part.astype(u.dtype)
+    return jnp.where(part > 0, part * u + (1 - part) * d, d)
+
+
+def _over(x: Stacks, norms: Stacks, floor: float) -> Stacks:
+    return {key: a / (norms[key].astype(a.dtype) + floor) for key, a in x.items()}
+
+
+def _norms(share: "Share", graft: Graft, x: Stacks) -> dict[str, Any]:
+    """Per block the joint norm of its owner's blocks (or its own), ready to multiply the stack."""
+    sums = {key: jnp.sum(a * a, axis=tuple(range(1, a.ndim))) for key, a in x.items()}
+    if graft.per == "parameter":
+        sums = share.by_owner(sums)
+    return {key: jnp.sqrt(v).reshape((-1,) + (1,) * (x[key].ndim - 1)) for key, v in sums.items()}

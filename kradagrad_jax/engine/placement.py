@@ -1,0 +1,270 @@
+"""Runs the work on the blocks where they are: on this device, or on every device's share.
+
+Every device of a mesh holds an equal share of the blocks of each bucket and works on these alone;
+what all devices need afterwards is collected by one all-gather. All communication is JAX's own:
+`jax.shard_map` and changes of sharding.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from kradagrad_jax.engine.plan import Bucket
+from kradagrad_jax.engine.sharding import Split
+from kradagrad_jax.engine.state import Clock, Kept, counts
+from kradagrad_jax.engine.static import Static
+from kradagrad_jax.engine.timing import Now
+from kradagrad_jax.factors.method import Rows, Step
+
+Trees = dict[str, Any]  # by bucket
+
+
+class Share(NamedTuple):
+    """The blocks that a device works on, as seen from inside.
+
+    Attributes:
+      owners: per bucket the owner of each of its rows.
+      number: of owners.
+      single: buckets of one block, which every device has.
+      axes: of the mesh, over which all others are divided; empty: there is one device.
+    """
+
+    owners: dict[str, jax.Array]
+    number: int
+    single: frozenset[str]
+    axes: tuple[str, ...]
+
+    def total(self, parts: dict[str, jax.Array], zero: jax.Array) -> jax.Array:
+        """Sum of what the buckets of all devices contribute."""
+        same = sum((x for key, x in parts.items() if key in self.single), start=zero)
+        own = sum((x for key, x in parts.items() if key not in self.single), start=zero)
+        return same + (jax.lax.psum(own, self.axes) if self.axes else own)
+
+    def by_owner(self, values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Per row of each bucket the sum of the values of all rows of its owner."""
+        dtypes = [x.dtype for x in values.values()]
+        wide = max(dtypes, key=lambda d: jnp.finfo(d).bits) if dtypes else jnp.float32
+        zero = jnp.zeros(self.number, wide)
+        sums = {key: zero.at[self.owners[key]].add(x.astype(wide)) for key, x in values.items()}
+        joint = self.total(sums, zero)
+        return {key: joint[self.owners[key]] for key in values}
+
+
+def on_shares(
+    s: Static, work: Callable[..., tuple[Any, dict[str, jax.Array]]], now: Now, *stacks: Trees
+) -> tuple[Any, jax.Array]:
+    """Runs ``work`` on every device's share of the stacks.
+
+    Args:
+      s: the static part of the update.
+      work: ``(share, now, *stacks) -> (trees by bucket, counts by bucket)``; counts are int32.
+      now: scalars, the same on all devices.
+      *stacks: by bucket, filled up and divided.
+
+    Returns:
+      The trees, and the sum of the counts over all blocks.
+
+    Raises:
+      ValueError: ``work`` uses traced arrays on Explicit axes other than its arguments.
+    """
+    owners, number = s.owners()
+    zero = jnp.zeros((), jnp.int32)
+    rows = {key: jnp.asarray(x) for key, x in owners.items()}
+    single = frozenset(b.key for b in s.plan.buckets if b.size == 1)
+    if s.split is None:
+        share = Share(rows, number, single, ())
+        out, counts = work(share, now, *stacks)
+        return out, share.total(counts, zero)
+    split = s.split
+    traced = {k: v for k, v in now._asdict().items() if isinstance(v, jax.Array)}
+    specs = {key: PartitionSpec() if key in single else split.parts for key in owners}
+
+    def run(traced: dict[str, jax.Array], rows: Trees, *stacks: Trees) -> tuple[Any, jax.Array]:
+        share = Share(rows, number, single, split.axes)
+        out, counts = work(share, now._replace(**traced), *stacks)
+        return out, share.total(counts, zero)
+
+    given = tuple({key: specs[key] for key in tree} for tree in (rows, *stacks))
+    try:
+        return jax.shard_map(
+            run,
+            mesh=split.mesh,
+            in_specs=(PartitionSpec(), *given),
+            out_specs=(specs, PartitionSpec()),
+            check_vma=False,
+        )(traced, rows, *stacks)
+    except NotImplementedError as error:
+        if "Explicit" not in str(error):
+            raise
+        raise ValueError(
+            "Sharding on a mesh with Explicit axes does not go with traced hyperparameters (as "
+            "optax.inject_hyperparams has them): name them in its static_args, use schedules of "
+            "the step, or a mesh with Auto axes"
+        ) from error
+
+
+def divided(split: Split | None, stacks: Trees) -> Trees:
+    """Stacks of all blocks, filled up and divided; single blocks stay on every device."""
+    if split is None:
+        return stacks
+
+    def one(x: jax.Array, whole_first: bool) -> jax.Array:
+        size = x.shape[0]
+        if size == 1:
+            return x
+        x = _filled(x, split.padded(size))
+        return split.place(split.whole(x) if whole_first else x, split.parts)
+
+    out = {}
+    for key, tree in stacks.items():
+        # Left to itself the partitioner divides what leads to the stack, at a cost. But the rows
+        # of a divided batch are never made whole: every device gets those of its own layers.
+        rows = isinstance(tree, Rows)
+        out[key] = jax.tree.map(lambda x, w=not rows: one(x, w), tree)
+    return out
+
+
+def collected(s: Static, stacks: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Divided stacks, whole on every device, without what filled them up."""
+    if s.split is None:
+        return stacks
+    several = {b.key: stacks[b.key] for b in s.plan.buckets if b.size > 1}
+    out = stacks | (_gathered(s.split, several) if several else {})
+    return {b.key: out[b.key][: b.size] for b in s.plan.buckets}
+
+
+def _gathered(split: Split, tree: Any) -> Any:
+    """Divided stacks, whole on every device, by ONE all-gather per dtype."""
+    leaves, treedef = jax.tree.flatten(tree)
+    out: list[Any] = list(leaves)
+    for dtype in sorted({x.dtype for x in leaves}, key=str):
+        own = [i for i, x in enumerate(leaves) if x.dtype == dtype]
+        pack = jax.shard_map(
+            lambda *parts: jnp.concatenate([x.reshape(-1) for x in parts]),
+            mesh=split.mesh,
+            in_specs=split.parts,
+            out_specs=split.parts,
+            check_vma=False,
+        )
+        packed = split.whole(pack(*(leaves[i] for i in own)))
+        packed = packed.reshape(split.devices, -1)
+        start = 0
+        for i in own:
+            width = leaves[i].size // split.devices
+            x = packed[:, start : start + width].reshape(leaves[i].shape)
+            out[i] = split.whole(x)
+            start += width
+    return jax.tree.unflatten(treedef, out)
+
+
+def place(s: Static, kept: dict[str, Kept]) -> dict[str, Kept]:
+    """What is kept of the blocks, where it belongs."""
+    split, out = s.split, dict(kept)
+    if split is None:
+        return kept
+    for bucket in s.plan.buckets:
+        leaves, treedef = jax.tree.flatten(kept[bucket.key])
+        specs = [PartitionSpec() if w else split.parts for w in _whole(s, bucket)]
+        placed = [split.place(x, p) for x, p in zip(leaves, specs, strict=True)]
+        out[bucket.key] = treedef.unflatten(placed)
+    return out
+
+
+def shared(s: Static) -> bool:
+    """Whether every device holds the preconditioners and applies them by itself."""
+    return s.split is not None and s.split.gather == "preconditioners"
+
+
+def spread(s: Static, kept: dict[str, Kept]) -> dict[str, Kept]:
+    """What is kept, divided over the devices, for work on it alone."""
+    assert s.split is not None
+    split = s.split
+    return {
+        b.key: split.place(kept[b.key], split.parts) if b.size > 1 else kept[b.key]
+        for b in s.plan.buckets
+    }
+
+
+def on_all(
+    s: Static, use: Callable[..., Any], now: Now, kept: dict[str, Kept], blocks: Trees
+) -> tuple[dict[str, Kept], Trees, jax.Array]:
+    """Applies preconditioners to all blocks on every device, after collecting what that reads.
+
+    Args:
+      s: the static part of the update.
+      use: ``(share, now, kept, blocks) -> ({bucket: (kept, directions)}, counts)``.
+      now: scalars.
+      kept: what is kept, divided.
+      blocks: gradients of all blocks.
+
+    Returns:
+      What is kept, where it belongs; directions; the sum of the counts.
+    """
+    assert s.split is not None
+    parts: dict[tuple[str, int], jax.Array] = {}
+    flat = {b.key: jax.tree.flatten(kept[b.key]) for b in s.plan.buckets}
+    whole = {b.key: _whole(s, b) for b in s.plan.buckets}
+    for b in s.plan.buckets:
+        if b.size > 1:
+            parts |= {(b.key, i): flat[b.key][0][i] for i, w in enumerate(whole[b.key]) if w}
+    for (key, i), x in (_gathered(s.split, parts) if parts else {}).items():
+        flat[key][0][i] = x
+    given = {}
+    for b in s.plan.buckets:
+        leaves, treedef = flat[b.key]
+        blank = jax.tree.leaves(new_kept(s, b, 1))
+        given[b.key] = treedef.unflatten(
+            x[: b.size] if w else jnp.broadcast_to(y, (b.size, *y.shape[1:]))
+            for x, y, w in zip(leaves, blank, whole[b.key], strict=True)
+        )
+    owners, number = s.owners()
+    rows = {b.key: jnp.asarray(owners[b.key][: b.size]) for b in s.plan.buckets}
+    share = Share(rows, number, frozenset(rows), ())
+    out, counts = use(share, now, given, blocks)
+    kept = {key: treedef.unflatten(leaves) for key, (leaves, treedef) in flat.items()}
+    for b in s.plan.buckets:
+        mu, nu = (_filled(x, s.length(b)) for x in (out[b.key][0].mu, out[b.key][0].nu))
+        kept[b.key] = kept[b.key]._replace(mu=mu, nu=nu)
+    total = share.total(counts, jnp.zeros((), jnp.int32))
+    return kept, {key: x[1] for key, x in out.items()}, total
+
+
+def _filled(x: Any, size: int) -> Any:
+    """A stack filled up with zeros; None stays None."""
+    if x is None:
+        return None
+    return jnp.pad(x, [(0, size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+
+def new_kept(s: Static, bucket: Bucket, size: int) -> Kept:
+    """What is kept of so many blocks of a bucket before the first step."""
+    o = s.options
+    one = s.new_factor(bucket)
+    zeros = jnp.zeros((size, *bucket.shape), bucket.dtype)
+    return Kept(
+        Clock(*(jnp.tile(x, size) for x in counts(2))),
+        jax.tree.map(lambda x: jnp.tile(x[None], (size,) + (1,) * x.ndim), one),
+        None if o.beta1 is None else zeros.astype(o.mu_dtype or bucket.dtype),
+        zeros + 0 if o.graft.adaptive else None,
+    )
+
+
+def _whole(s: Static, bucket: Bucket) -> list[bool]:
+    """Which arrays of what is kept of a bucket every device has for all blocks."""
+    kept = jax.eval_shape(lambda: new_kept(s, bucket, 1))
+    number = len(jax.tree.leaves(kept))
+    if bucket.size == 1 or not shared(s):
+        return [bucket.size == 1] * number
+    factor = jax.eval_shape(lambda: s.new_factor(bucket))
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    gradient = jax.ShapeDtypeStruct(bucket.shape, bucket.dtype)
+    apply = s.method(bucket).precondition
+    jaxpr = jax.make_jaxpr(apply)(factor, gradient, Step(count, count, count, count))
+    read = {id(v) for equation in jaxpr.eqns for v in equation.invars}
+    read |= {id(v) for v in jaxpr.jaxpr.outvars}
+    own = [id(v) in read for v in jaxpr.jaxpr.invars[: len(jax.tree.leaves(factor))]]
+    clocks = len(jax.tree.leaves(kept.clock))
+    return [True] * clocks + own + [True] * (number - clocks - len(own))
