@@ -2,9 +2,9 @@
 
     python benchmarks/compile_cost.py adam shampoo [--layers 12 24 48] [--scanned 12] [--json out]
 
-Nothing of the size of the model is allocated: programs are compiled for ShapeDtypeStructs. Names are
-aliases of `kradagrad_jax` that need gradients alone, or `adam` (optax's). CPU seconds are those of
-this process (all of its threads), of tracing, and of lowering and compiling together, with the
+Nothing of the size of the model is allocated: programs are compiled for ShapeDtypeStructs. Names
+are aliases of `kradagrad_jax` that need gradients alone, or `adam` (optax's). CPU seconds are those
+of this process (all of its threads), of tracing, and of lowering and compiling together, with the
 default flags and without the persistent cache. ``temp`` is XLA's assignment of buffers that live
 within one update, ``donated`` the same where the update may overwrite its state.
 """

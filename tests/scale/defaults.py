@@ -58,9 +58,7 @@ def _cut(rows: jax.Array) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
     sizes = [s for shape in SHAPES.values() for s in shape] + [n for _, n in SHAPES.values()]
     parts = jnp.split(rows / ROWS**0.5, np.cumsum(sizes)[:-1].tolist(), axis=1)
     k = 2 * len(SHAPES)
-    return {
-        name: (parts[2 * i], parts[2 * i + 1], parts[k + i]) for i, name in enumerate(SHAPES)
-    }
+    return {name: (parts[2 * i], parts[2 * i + 1], parts[k + i]) for i, name in enumerate(SHAPES)}
 
 
 def _gradient(a: jax.Array, g: jax.Array) -> Tree:
