@@ -1,6 +1,5 @@
 """One update: cut, fold, refresh, apply, graft, paste."""
 
-import functools
 from typing import Any
 
 import jax
