@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kradagrad_jax.engine.layout import factor_dtype_of
+
+def factor_dtype_of(dtype: Any, override: Any = None) -> Any:
+    """Dtype of the factors of a parameter: ``override``, or its own but never below float32."""
+    dtype = jnp.dtype(dtype if override is None else override)
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def is_masked(x: Any) -> bool:
@@ -54,6 +58,31 @@ def paths_of(tree: Any) -> list[str]:
     """Name of every leaf, ``MaskedNode`` counted as one."""
     found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)[0]
     return [path_name(path) for path, _ in found]
+
+
+def names_of(tree: Any) -> list[tuple[Any, ...] | None]:
+    """Per leaf (``MaskedNode`` counted as one) the names that flax's boxes give to its axes.
+
+    Read from linen's ``Partitioned`` boxes and the metadata of nnx's variables, without importing
+    flax; None where there are none.
+    """
+    out: list[tuple[Any, ...] | None] = []
+    for node in jax.tree.leaves(tree, is_leaf=lambda x: is_masked(x) or _axis_names(x) is not None):
+        out += [_axis_names(node)] * len(flatten(node)[0])
+    return out
+
+
+def _axis_names(x: Any) -> tuple[Any, ...] | None:
+    if hasattr(type(x), "get_partition_spec"):  # flax.core.meta.Partitioned and its children
+        names = getattr(x, "names", None)
+    elif _is_box(x):
+        metadata = x.get_metadata()
+        keys = ("out_sharding", "sharding_names", "sharding")  # nnx's name for it has changed twice
+        names = next((metadata[k] for k in keys if metadata.get(k)), None)
+    else:
+        return None
+    names = getattr(names, "spec", names)  # a NamedSharding
+    return None if names is None else tuple(names)
 
 
 def widened(tree: Any) -> Any:

@@ -8,7 +8,7 @@ from kradagrad_jax.engine import Graft, Layout, Timing, as_graft, scale_by_block
 from kradagrad_jax.factors import BlockMethod
 
 LIBRARY_LAYOUT = Layout()
-PUBLISHED_LAYOUT = Layout(block_size=128, merge="none", split="tail", vectors="block")
+PUBLISHED_LAYOUT = Layout(block_size=128, merge="none", pieces="tail", vectors="block")
 
 
 def choose(

@@ -1,0 +1,55 @@
+"""Finds stacked layers of which a layout says nothing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from kradagrad_jax.engine.layout import Layout, axes_of
+from kradagrad_jax.engine.rules import Shape
+
+
+def undeclared_stacks(
+    paths: Sequence[str],
+    shapes: Sequence[Shape],
+    names: Sequence[tuple[Any, ...] | None] | None,
+    layout: Layout,
+) -> list[tuple[str, int, int]]:
+    """Parts of the tree that look like stacked layers of which the layout says nothing.
+
+    Below one path all leaves have the same size on axis 0 (or all on axis 1), their numbers of axes
+    differ and one has at least three. A leaf whose shape is the tail of another's (the bias of a
+    fused kernel) is no evidence.
+
+    Returns:
+      (path, axis, size), the path as short as possible.
+    """
+    below: dict[str, list[int]] = {}
+    for i, path in enumerate(paths):
+        steps = path.split("/")
+        for n in range(len(steps)):
+            below.setdefault("/".join(steps[:n]), []).append(i)
+    found: list[tuple[str, int, int]] = []
+    for prefix in sorted(below, key=lambda p: (p.count("/") + bool(p), p)):
+        if any(not p or prefix.startswith(f"{p}/") for p, _, _ in found):
+            continue
+        members = below[prefix]
+        for axis in (0, 1):
+            if _looks_stacked([shapes[i] for i in members], axis) and not any(
+                _is_declared(layout, paths[i], shapes[i], None if names is None else names[i])
+                for i in members
+            ):
+                found.append((prefix, axis, shapes[members[0]][axis]))
+                break
+    return found
+
+
+def _looks_stacked(shapes: list[Shape], axis: int) -> bool:
+    if any(len(s) < 2 for s in shapes) or len({s[axis] for s in shapes}) != 1:
+        return False
+    tails = {s[i:] for s in shapes for i in range(1, len(s))}
+    orders = {len(s) for s in shapes if s not in tails}
+    return shapes[0][axis] > 1 and len(orders) > 1 and max(orders) > 2
+
+
+def _is_declared(layout: Layout, path: str, shape: Shape, names: Any) -> bool:
+    axes = axes_of(layout, path, shape, names)
+    return axes is None or axes.declared
