@@ -150,9 +150,10 @@ def axes_of(
         by_path = dict(given.pairs)
         if path not in by_path:
             raise ValueError(f"Layout.stacked has no MuonDimensionNumbers for parameter '{path}'")
-        if by_path[path] is None:
+        pair = by_path[path]
+        if pair is None:
             return None
-        rows, columns = (_checked(path, shape, a, "stacked") for a in by_path[path])
+        rows, columns = (_checked(path, shape, axes, "stacked") for axes in pair)
         _checked(path, shape, rows + columns, "stacked")
         stack = tuple(a for a in range(len(shape)) if a not in rows + columns)
         return Axes(stack, (rows, columns), True)
@@ -192,8 +193,9 @@ def bounds_of(layout: Layout, path: str, shape: Shape) -> dict[int, Shape]:
       ValueError: for axes out of range, cut points that do not rise from 0 to the size, and a
         number of parts that does not divide it.
     """
-    answer = layout.split.answer(path) if layout.split is not None else None
-    answer = answer or ()
+    answer: Sequence[tuple[int, Any]] = ()
+    if layout.split is not None:
+        answer = layout.split.answer(path) or ()
     axes = _checked(path, shape, tuple(a for a, _ in answer), "split")
     out = {}
     for axis, (_, cuts) in zip(axes, answer, strict=True):

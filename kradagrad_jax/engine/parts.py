@@ -132,7 +132,8 @@ def _cuts(
     path: str, shape: Shape, axes: Axes, layout: Layout
 ) -> tuple[dict[int, int], list[tuple[int, int, int] | None]]:
     """Number of equal parts by axis, and the regions of an axis that is cut unevenly."""
-    equal, regions = {}, []
+    equal: dict[int, int] = {}
+    regions: list[tuple[int, int, int] | None] = []
     for axis, bounds in bounds_of(layout, path, shape).items():
         if axis in axes.stack:
             raise ValueError(

@@ -17,7 +17,7 @@ def undeclared_stacks(
 
     Below one path all leaves have the same size on axis 0 (or all on axis 1), their numbers of axes
     differ and one has at least three. A leaf whose shape is the tail of another's (the bias of a
-    fused kernel) is no evidence.
+    fused kernel) is no evidence. Of two such axes the shorter one is named.
 
     Returns:
       (path, axis, size), the path as short as possible.
@@ -32,13 +32,13 @@ def undeclared_stacks(
         if any(not p or prefix.startswith(f"{p}/") for p, _, _ in found):
             continue
         members = below[prefix]
-        for axis in (0, 1):
-            if _looks_stacked([shapes[i] for i in members], axis) and not any(
-                _is_declared(layout, paths[i], shapes[i], None if names is None else names[i])
-                for i in members
-            ):
-                found.append((prefix, axis, shapes[members[0]][axis]))
-                break
+        axes = [a for a in (0, 1) if _looks_stacked([shapes[i] for i in members], a)]
+        if axes and not any(
+            _is_declared(layout, paths[i], shapes[i], None if names is None else names[i])
+            for i in members
+        ):
+            size, axis = min((shapes[members[0]][a], a) for a in axes)
+            found.append((prefix, axis, size))
     return found
 
 
