@@ -1,4 +1,4 @@
-"""Shapes to plans: what is a matrix, which modes have a factor, what is said where it cannot be."""
+"""Shapes to plans: what is a matrix, and what is said where it cannot be one."""
 
 import dataclasses
 import itertools
@@ -13,46 +13,9 @@ from flax import nnx
 
 from kradagrad_jax.engine import trees
 from kradagrad_jax.engine.layout import Layout
-from kradagrad_jax.engine.parts import merge_dims, state_numbers
+from kradagrad_jax.engine.parts import merge_dims
 from kradagrad_jax.engine.plan import block_origins, owners
-from kradagrad_jax.engine.undeclared import undeclared_stacks
-from tests.engine.planning import plan_for
-
-
-def S(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def dense(*shape):
-    return {"kernel": S(*shape), "bias": S(*shape[:-2], shape[-1])}
-
-
-def gpt2(layers):
-    def layer():
-        out = {n: {"scale": S(768), "bias": S(768)} for n in ("ln1", "ln2")}
-        kernels = {"qkv": (768, 2304), "proj": (768, 768), "fc": (768, 3072), "out": (3072, 768)}
-        return out | {n: dense(*s) for n, s in kernels.items()}
-
-    return {"wte": S(50257, 768), "wpe": S(1024, 768)} | {f"h{i}": layer() for i in range(layers)}
-
-
-def entries(plan):
-    return {path: entry for entry in plan.covered for path in entry.paths}
-
-
-def reasons(plan):
-    return {path: reason for _, path, _, reason in plan.uncovered}
-
-
-def keys(plan):
-    return {bucket.key: bucket.size for bucket in plan.buckets}
-
-
-def state_per_weight(plan, layout):
-    state = sum(
-        len(e.indices) * e.stack * state_numbers(e.merged, e.factored, layout) for e in plan.covered
-    )
-    return state / sum(len(e.indices) * np.prod(e.shape) for e in plan.covered)
+from tests.engine.planning import S, entries, keys, plan_for, reasons
 
 
 @pytest.mark.parametrize(
@@ -71,108 +34,6 @@ def state_per_weight(plan, layout):
 )
 def test_merging(shape, merge, cap, expected):
     assert merge_dims(shape, Layout(merge=merge, merge_cap=cap)) == expected
-
-
-# ---- modes without a factor
-
-
-def test_the_embedding_of_gpt2_is_one_sided_and_the_rest_is_not():
-    plan = plan_for(gpt2(12))
-    assert keys(plan) == {"256x256": 12 * 108 + 12, "50257*x256": 3}
-    one_sided = [e for e in plan.covered if not all(e.factored)]
-    assert [e.paths for e in one_sided] == [("wte",)]
-    assert one_sided[0].reasons == ("mode of 50257 > max_dim", "")
-    assert len(plan.covered) == 6
-    assert set(reasons(plan).values()) == {"bias", "vector"}
-
-
-def test_a_huge_embedding_is_cut_along_its_features_only():
-    assert keys(plan_for({"table": S(250_000, 1024)})) == {"250000*x256": 4}
-
-
-def test_without_a_mode_left_a_parameter_goes_to_the_fallback():
-    plan = plan_for({"w": S(30, 40), "body": S(3, 4)}, Layout(max_dim=20))
-    assert reasons(plan) == {"w": "mode of 30 > max_dim, mode of 40 > max_dim"}
-
-
-def test_adapters_keep_the_factor_of_their_rank():
-    adapters = {f"l{i}": {"a": S(4096, 8), "b": S(8, 4096)} for i in range(3)}
-    plan = plan_for(adapters)
-    assert keys(plan) == {"4096*x8": 3, "8x4096*": 3}
-    assert state_per_weight(plan, Layout()) <= 8
-    assert state_per_weight(plan_for(adapters, Layout(state_limit=None)), Layout()) > 60
-    assert entries(plan)["l0/a"].reasons == ("state_limit", "")
-
-
-def test_a_small_classifier_keeps_both_sides_of_its_head():
-    sizes = (784, 512, 512, 10)
-    params = {f"d{i}": dense(*pair) for i, pair in enumerate(itertools.pairwise(sizes))}
-    plan = plan_for(params)
-    assert all(all(e.factored) for e in plan.covered)
-    head = {"head": S(256, 10)}  # alone it costs 51 numbers per weight
-    assert all(plan_for(head).covered[0].factored)  # but one megabyte is never too much
-    wide = {"head": S(4096, 10)}
-    assert plan_for(wide).covered[0].factored == (False, True)
-
-
-def test_the_limit_takes_the_most_expensive_shapes_and_no_more():
-    params = {"body": S(2048, 2048), "a": S(4096, 4), "b": S(4096, 300)}
-    layout = Layout(state_limit=4.3)
-    factored = {p: e.factored for p, e in entries(plan_for(params, layout)).items()}
-    assert factored == {"body": (True, True), "a": (False, True), "b": (True, True)}
-    assert state_per_weight(plan_for(params, layout), layout) <= 4.3
-
-
-def test_the_limit_is_the_same_scanned_unrolled_and_in_any_order():
-    layers = range(6)
-    unrolled = {f"h{i}": {"w": S(512, 512), "a": S(2048, 4), "b": S(4, 2048)} for i in layers}
-    scanned = {n: S(6, *x.shape) for n, x in unrolled["h0"].items()}
-    turned = dict(reversed(unrolled.items()))
-    for limit in (2.0, 4.5, 8.0, 100.0):
-        plans = [plan_for(t, Layout(state_limit=limit)) for t in (unrolled, turned)]
-        plans.append(plan_for(scanned, Layout(state_limit=limit, stacked={".": 0})))
-        assert keys(plans[0]) == keys(plans[1]) == keys(plans[2])
-
-
-def test_explicit_modes_are_not_touched_by_the_limit():
-    params = {"a": S(4096, 8), "b": S(4096, 8)}
-    plan = plan_for(params, Layout(modes={"a": (True, True)}))
-    assert {p: e.factored for p, e in entries(plan).items()} == {
-        "a": (True, True),
-        "b": (False, True),
-    }
-
-
-@pytest.mark.parametrize(
-    ("modes", "shape", "factored"),
-    [
-        ("shorter", (5, 7), (True, False)),
-        ("shorter", (5, 5), (False, True)),
-        ("longer", (5, 7), (False, True)),
-        ("longer", (5, 5), (True, False)),
-        ("input", (5, 7), (True, False)),
-        ("output", (5, 7), (False, True)),
-        ((False, True), (5, 7), (False, True)),
-        ((True, False, False), (5, 7), (True, True)),
-        ({"w": "input", ".": "output"}, (5, 7), (True, False)),
-        ({"w|v": None}, (5, 7), (True, True)),
-        (lambda path, merged: "input" if merged == (5, 7) else None, (5, 7), (True, False)),
-    ],
-    ids=str,
-)
-def test_modes(modes, shape, factored):
-    entry = entries(plan_for({"w": S(*shape)}, Layout(modes=modes, block_size=4)))["w"]
-    assert entry.factored == factored
-    for tile in entry.tiles:  # only factored modes are cut
-        assert all(
-            n <= 4 if f else n == d
-            for n, d, f in zip(tile.sizes, entry.merged, factored, strict=True)
-        )
-
-
-def test_no_mode_at_all_is_a_reason():
-    plan = plan_for({"w": S(5, 7)}, Layout(modes=(False, False)))
-    assert reasons(plan) == {"w": "Layout.modes"}
 
 
 # ---- what is a vector
@@ -243,30 +104,41 @@ def test_muon_dimension_numbers():
         plan_for({"other": S(3, 4)}, layout)
 
 
-def test_names_of_flax_boxes():
-    class Boxed(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            init = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
-            kernel = self.param("kernel", init, (5, 7))
-            boxed = self.param(
-                "stacked",
-                nn.with_logical_partitioning(nn.initializers.ones, ("embed", "layers", "mlp")),
-                (5, 3, 7),
-            )
-            return x @ kernel + boxed[:, 0, :].sum()
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        initializer = nn.with_partitioning(nn.initializers.ones, ("embed", "mlp"))
+        x = nn.Dense(7, kernel_init=initializer, use_bias=False)(x)
+        initializer = nn.with_logical_partitioning(nn.initializers.ones, ("mlp", "embed"))
+        return nn.Dense(5, kernel_init=initializer, use_bias=False)(x), None
 
-    params = jax.eval_shape(Boxed().init, jax.random.key(0), jnp.ones((2, 5)))["params"]
-    assert trees.names_of(params) == [("embed", "mlp"), ("embed", "layers", "mlp")]
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(
+            Layer,
+            variable_axes={"params": 1},
+            split_rngs={"params": True},
+            length=3,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return layers(name="h")(x, None)[0]
+
+
+def test_names_of_flax_boxes():
+    params = jax.eval_shape(Scanned().init, jax.random.key(0), jnp.ones((2, 5)))["params"]
+    assert trees.names_of(params) == [("embed", "layers", "mlp"), ("mlp", "layers", "embed")]
     found = entries(plan_for(params))
     assert {p: (e.stack, e.merged) for p, e in found.items()} == {
-        "kernel": (1, (5, 7)),
-        "stacked": (3, (5, 7)),
+        "h/Dense_0/kernel": (3, (5, 7)),
+        "h/Dense_1/kernel": (3, (7, 5)),
     }
     # what is said about a leaf goes before its names
-    plan = plan_for(params, Layout(stacked={"stacked": None}))
-    assert entries(plan)["stacked"].stack == 1
-    assert entries(plan_for(params, Layout(stacked_names=("embed",))))["stacked"].stack == 5
+    found = entries(plan_for(params, Layout(stacked={"Dense_0": None})))
+    assert [e.stack for e in found.values()] == [1, 3]
+    found = entries(plan_for(params, Layout(stacked_names=("embed",))))
+    assert [e.stack for e in found.values()] == [5, 5]
 
 
 def test_names_of_nnx_variables():
@@ -392,64 +264,3 @@ def test_layouts_with_mappings_are_hashable_and_stay_as_they_are():
     again = dataclasses.replace(layout, block_size=256)
     assert again == layout
     assert hash(again) == hash(layout)
-
-
-# ---- stacks of which nothing was said
-
-
-def look(params, layout=None):
-    paths = trees.paths_of(params)
-    shapes = [x.shape for x in jax.tree.leaves(params)]
-    return undeclared_stacks(paths, shapes, trees.names_of(params), layout or Layout())
-
-
-SCANNED = {"blocks": {"fc": dense(12, 768, 3072), "ln": {"scale": S(12, 768)}}, "wte": S(99, 768)}
-MAXTEXT = {"blocks": {"wi": S(768, 12, 3072), "ln": {"scale": S(768, 12)}}, "wte": S(99, 768)}
-
-
-def test_scanned_trees_are_seen():
-    assert look(SCANNED) == [("blocks", 0, 12)]
-    assert look(MAXTEXT) == [("blocks", 1, 12)]
-    assert look({"params": SCANNED["blocks"]}) == [("", 0, 12)]
-
-
-def test_declared_stacks_are_not():
-    assert not look(SCANNED, Layout(stacked="blocks"))
-    assert not look(SCANNED, Layout(stacked={"blocks": None}))
-    assert not look(MAXTEXT, Layout(stacked=lambda path, shape: 1 if "blocks" in path else None))
-    box = {"w": nn.Partitioned(S(12, 7, 8), ("layers", None, None)), "s": S(12, 7)}
-    assert not look(box)
-    assert look({"w": S(12, 7, 8), "s": S(12, 7)})
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        gpt2(2),
-        {
-            "conv": {"kernel": S(3, 3, 64, 64), "bias": S(64)},
-            "bn": {"scale": S(64), "bias": S(64)},
-            "last": {"kernel": S(3, 3, 64, 3), "bias": S(3)},
-        },
-        {
-            "conv1": {"kernel": S(3, 16, 16), "bias": S(16)},
-            "conv2": {"kernel": S(3, 3, 3, 3), "bias": S(3)},
-        },
-        {
-            "attention": {
-                **{n: {"kernel": S(768, 12, 64), "bias": S(12, 64)} for n in "qkv"},
-                "out": {"kernel": S(12, 64, 768), "bias": S(768)},
-            },
-            "fc": dense(768, 3072),
-        },
-        {
-            **{n: {"kernel": S(64, 8, 8), "bias": S(8, 8)} for n in "qkv"},
-            "out": {"kernel": S(8, 8, 64), "bias": S(64)},
-        },
-        {"table": S(1000, 64), "positions": S(1, 1000, 64)},
-        {n: {"kernel": S(64, 64), "bias": S(64)} for n in ("hi", "hf", "hg", "ho")},
-    ],
-    ids=["gpt2", "cnn", "convs", "attention", "square attention", "embeddings", "lstm"],
-)
-def test_other_networks_are_not_taken_for_scanned_ones(params):
-    assert look(params) == []
