@@ -75,6 +75,13 @@ def test_the_limit_is_the_same_scanned_unrolled_and_in_any_order():
         assert keys(plans[0]) == keys(plans[1]) == keys(plans[2])
 
 
+def test_the_limit_keeps_the_last_of_equal_modes():
+    assert plan_for({"w": S(600, 600)}, Layout(state_limit=2.0)).covered[0].factored == (
+        False,
+        True,
+    )
+
+
 def test_explicit_modes_are_not_touched_by_the_limit():
     params = {"a": S(4096, 8), "b": S(4096, 8)}
     plan = plan_for(params, Layout(modes={"a": (True, True)}))
@@ -82,6 +89,12 @@ def test_explicit_modes_are_not_touched_by_the_limit():
         "a": (True, True),
         "b": (False, True),
     }
+
+
+def test_explicit_modes_are_counted_all_the_same():
+    params = {"a": S(4096, 8), "b": S(4096, 8), "body": S(2048, 2048)}
+    plan = plan_for(params, Layout(modes={"^a": (True, True)}, state_limit=4.3))
+    assert entries(plan)["body"].factored == (False, True)  # b alone does not save enough
 
 
 @pytest.mark.parametrize(

@@ -62,10 +62,11 @@ def test_declared_stacks_are_not():
             **{n: {"kernel": S(64, 8, 8), "bias": S(8, 8)} for n in "qkv"},
             "out": {"kernel": S(8, 8, 64), "bias": S(64)},
         },
+        {"conv": {"kernel": S(3, 16, 16), "gain": S(3)}},
         {"table": S(1000, 64), "positions": S(1, 1000, 64)},
         {n: {"kernel": S(64, 64), "bias": S(64)} for n in ("hi", "hf", "hg", "ho")},
     ],
-    ids=["gpt2", "cnn", "convs", "attention", "square attention", "embeddings", "lstm"],
+    ids=["gpt2", "cnn", "convs", "attention", "square attention", "gains", "embeddings", "lstm"],
 )
 def test_other_networks_are_not_taken_for_scanned_ones(params):
     assert look(params) == []
