@@ -70,7 +70,7 @@ def ginger_method(o: GingerOptions) -> BlockMethod:
         basis = orthonormalized(factor.basis.astype(factor.values.dtype))
         return factor._replace(basis=basis.astype(factor.basis.dtype))
 
-    return BlockMethod(init, accumulate, refresh, precondition, math.prod)
+    return BlockMethod(init, accumulate, refresh, precondition, math.prod, name="ginger")
 
 
 def _span(factor: GingerFactor) -> Span:

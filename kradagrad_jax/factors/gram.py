@@ -6,10 +6,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kradagrad_jax.factors.kron import KronFactor, apply_square_root, init_kron
+from kradagrad_jax.factors.exponents import shared_out, with_factor
+from kradagrad_jax.factors.kron import (
+    Factored,
+    KronFactor,
+    apply_square_root,
+    init_kron,
+    on_modes,
+    per_mode,
+)
 from kradagrad_jax.factors.method import BlockMethod, Step
-from kradagrad_jax.factors.roots import default_exponent, make_root, unless_zero
-from kradagrad_jax.linalg import mode_gram, sr_update, svd_root, symmetrize, unfold
+from kradagrad_jax.factors.numbers import averaged
+from kradagrad_jax.factors.roots import make_root
+from kradagrad_jax.linalg import mode_gram, sr_update, svd_root, symmetrize, unfold, when
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,32 +64,36 @@ def gram_method(
     """Shampoo with Gram statistics ``S_i = sum w_j U_j U_j^T`` (arXiv 1802.09568, Algorithm 2)."""
     how = make_root(root, damping, damping_rule)
 
+    def init(shape: tuple[int, ...], dtype: Any, factored: Factored = None) -> KronFactor:
+        kept = with_factor(shape, factored, exponent)
+        plain = init_kron(shape, initial, dtype, kept)
+        return plain._replace(preconditioners=on_modes(lambda n: how.init(n, dtype), shape, kept))
+
     def accumulate(factor: KronFactor, g: jax.Array, step: Step) -> KronFactor:
         old, new = _weights(beta2, g.dtype)
         return factor._replace(
-            statistics=tuple(
-                old * s + new * mode_gram(g, i) for i, s in enumerate(factor.statistics)
-            )
+            statistics=per_mode(lambda i, s: old * s + new * mode_gram(g, i), factor.statistics)
         )
 
     def refresh(factor: KronFactor, step: Step) -> KronFactor:
-        shape = tuple(s.shape[0] for s in factor.statistics)
-        e = default_exponent(shape, exponent, -0.5)
-        scale = 1.0
-        if bias_correction:
-            scale = 1 / _bias(beta2, step.statistics_count, factor.statistics[0].dtype)
+        def one(mode: int, s: jax.Array, old: Any, e: Any) -> Any:
+            scale = 1.0
+            if bias_correction:
+                scale = 1 / _bias(beta2, step.statistics, s.dtype)
+            return how.compute(symmetrize(s * scale), old, -e, step.refreshes == 0)
+
+        e = shared_out(factor.statistics, exponent)
         return factor._replace(
-            preconditioners=tuple(
-                unless_zero(s, how.compute(symmetrize(s * scale), p, e, step), p)
-                for s, p in zip(factor.statistics, factor.preconditioners, strict=True)
-            )
+            preconditioners=per_mode(one, factor.statistics, factor.preconditioners, e)
         )
 
     return BlockMethod(
-        init=lambda shape, dtype: init_kron(shape, initial, dtype),
+        init=init,
         accumulate=accumulate,
         refresh=refresh,
-        precondition=lambda factor, g, step: how.apply(factor, g),
+        precondition=lambda factor, g, step: how.apply(factor.preconditioners, g),
+        name=f"shampoo(gram, {root}, {averaged(beta2)})",
+        partial=True,
     )
 
 
@@ -88,13 +101,14 @@ class PendingFactor(NamedTuple):
     """Array-form factors with gradients that are not folded in yet.
 
     Attributes:
-      statistics: per mode R ``(n_i, n_i)``, upper triangular, ``R^T R`` = statistic.
+      statistics: per mode R ``(n_i, n_i)``, upper triangular, ``R^T R`` = statistic; None for a
+        mode without factor.
       preconditioners: per mode K ``(n_i, n_i)`` with ``P = K K^T``.
       pending: ``(fold_every, *block shape)``: weighted gradients, zero where unused.
     """
 
-    statistics: tuple[jax.Array, ...]
-    preconditioners: tuple[jax.Array, ...]
+    statistics: tuple[Any, ...]
+    preconditioners: tuple[Any, ...]
     pending: jax.Array
 
 
@@ -125,60 +139,53 @@ def array_method(
         safeguard = {"floor": damping, "damping": 0.0}
     safeguard["relative"] = damping_rule == "relative"
 
-    def init(shape: tuple[int, ...], dtype: Any) -> Any:
-        plain = init_kron(shape, jnp.sqrt(jnp.asarray(initial, dtype)), dtype)
+    def init(shape: tuple[int, ...], dtype: Any, factored: Factored = None) -> Any:
+        start = jnp.sqrt(jnp.asarray(initial, dtype))
+        plain = init_kron(shape, start, dtype, with_factor(shape, factored, exponent))
         return plain if k == 1 else PendingFactor(*plain, jnp.zeros((k, *shape), dtype))
 
-    def fold(factor: Any, pending: jax.Array, age: Any) -> tuple[jax.Array, ...]:
+    def fold(statistics: tuple[Any, ...], pending: jax.Array, age: Any) -> tuple[Any, ...]:
         """Statistics with the pending rows in; ``age`` = how many gradients these are."""
-        old = _weights(beta2, pending.dtype)[0] ** age
-        return tuple(
-            sr_update(jnp.sqrt(old) * r, _rows(pending, i)) for i, r in enumerate(factor.statistics)
-        )
+        old = jnp.sqrt(_weights(beta2, pending.dtype)[0] ** age)
+        return per_mode(lambda i, r: sr_update(old * r, _rows(pending, i)), statistics)
 
     def accumulate(factor: Any, g: jax.Array, step: Step) -> Any:
         old, new = _weights(beta2, g.dtype)
         weighted = jnp.sqrt(new) * g
         if k == 1:
-            return factor._replace(statistics=fold(factor, weighted[None], 1))
-        slot = (step.statistics_count - 1) % k
+            return factor._replace(statistics=fold(factor.statistics, weighted[None], 1))
+        slot = (step.statistics - 1) % k
         pending = (jnp.sqrt(old) * factor.pending).at[slot].set(weighted)
-
-        def full() -> Any:
-            return fold(factor, pending, k), jnp.zeros_like(pending)
-
-        statistics, pending = jax.lax.cond(
-            slot == k - 1, full, lambda: (factor.statistics, pending)
-        )
-        return factor._replace(statistics=statistics, pending=pending)
+        full = slot == k - 1
+        statistics = when(full, lambda s, p: fold(s, p, k), factor.statistics, pending)
+        return factor._replace(statistics=statistics, pending=jnp.where(full, 0, pending))
 
     def refresh(factor: Any, step: Step) -> Any:
         statistics = factor.statistics
         if k > 1:  # gradients still pending count already, but stay pending
-            age = step.statistics_count % k
-            statistics = jax.lax.cond(
+            age = step.statistics % k
+            statistics = when(
                 age > 0,
-                lambda: fold(factor, factor.pending, age.astype(factor.pending.dtype)),
-                lambda: statistics,
+                lambda s, p: fold(s, p, age.astype(p.dtype)),
+                statistics,
+                factor.pending,
             )
-        dtype = statistics[0].dtype
-        e = default_exponent(tuple(r.shape[0] for r in statistics), exponent, -0.5)
-        scale = jnp.ones((), dtype)
-        if bias_correction:
-            scale = 1 / _bias(beta2, step.statistics_count, dtype)
-        return factor._replace(
-            preconditioners=tuple(
-                unless_zero(r, svd_root(jnp.sqrt(scale) * r, e, **safeguard), p)
-                for r, p in zip(statistics, factor.preconditioners, strict=True)
-            )
-        )
+
+        def one(mode: int, r: jax.Array, e: Any) -> jax.Array:
+            scale = jnp.ones((), r.dtype)
+            if bias_correction:
+                scale = 1 / _bias(beta2, step.statistics, r.dtype)
+            return svd_root(jnp.sqrt(scale) * r, -e, **safeguard)
+
+        e = shared_out(statistics, exponent)
+        return factor._replace(preconditioners=per_mode(one, statistics, e))
 
     return BlockMethod(
         init=init,
         accumulate=accumulate,
         refresh=refresh,
-        precondition=lambda factor, g, step: apply_square_root(
-            KronFactor(factor.statistics, factor.preconditioners), g
-        ),
+        precondition=lambda factor, g, step: apply_square_root(factor.preconditioners, g),
         refresh_cost=lambda shape: 2.0 * sum(n**3 for n in shape),
+        name=f"shampoo(square_root, {averaged(beta2)})",
+        partial=True,
     )

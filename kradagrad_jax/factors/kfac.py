@@ -10,14 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from kradagrad_jax.factors.method import BlockMethod, Grams, Rows, Step
-from kradagrad_jax.factors.numbers import at_step
-from kradagrad_jax.linalg import (
-    cholesky_inverse,
-    eigh,
-    matmul,
-    sr_update,
-    svd,
-)
+from kradagrad_jax.factors.numbers import at_step, corrected_share
+from kradagrad_jax.linalg import damped_inverse, eigh, matmul, sr_update, svd
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -28,15 +22,12 @@ class KfacFactor(NamedTuple):
     Attributes:
       statistics: A ``(d_in, d_in)`` and G ``(d_out, d_out)``, or their diagonals; with square-root
         statistics the upper triangular R with ``R^T R = A``.
-      weight: sum of the weights of the statistics in the average (bias-corrected averaging), or
-        their number; scalar.
       vectors: eigenvectors of A and G; ``(None, None)`` for Cholesky inverses.
       inverses: damped inverses of A and G; beside eigenvectors: eigenvalues (inverted for the
         factored rule, as they are for the other two).
     """
 
     statistics: Pair
-    weight: jax.Array
     vectors: tuple[jax.Array | None, jax.Array | None]
     inverses: Pair
 
@@ -68,7 +59,6 @@ def kfac_method(o: KfacOptions) -> BlockMethod:
         spectral = [o.inverse == "eigh" and not diagonal for diagonal in o.diagonal]
         return KfacFactor(
             (start * eye[0], start * eye[1]),
-            jnp.zeros((), dtype),
             (eye[0] if spectral[0] else None, eye[1] if spectral[1] else None),
             (
                 jnp.ones(shape[0], dtype) if spectral[0] else eye[0] + 0.0,
@@ -77,8 +67,7 @@ def kfac_method(o: KfacOptions) -> BlockMethod:
         )
 
     def accumulate(factor: KfacFactor, statistic: Rows | Grams, step: Step) -> KfacFactor:
-        del step
-        share, weight = _share(o, factor.weight)
+        share = _share(o, step, factor.statistics[0].dtype)
         if o.statistics == "square_root":
             if not isinstance(statistic, Rows) or any(o.diagonal):
                 raise ValueError(
@@ -94,20 +83,10 @@ def kfac_method(o: KfacOptions) -> BlockMethod:
                 old + share * (batch - old)
                 for old, batch in zip(factor.statistics, _grams(statistic, o), strict=True)
             ]
-        return factor._replace(statistics=(new[0], new[1]), weight=weight)
+        return factor._replace(statistics=(new[0], new[1]))
 
     def refresh(factor: KfacFactor, step: Step) -> KfacFactor:
-        # a layer without any statistic yet is not preconditioned; its factors, zero so far, would
-        # multiply the gradient by 1/lambda
-        seen = factor.weight > 0
-        return jax.tree.map(
-            lambda new, old: new if new is old else jnp.where(seen, new, old),
-            refreshed(factor, step),
-            factor,
-        )
-
-    def refreshed(factor: KfacFactor, step: Step) -> KfacFactor:
-        lam = at_step(o.damping, step, factor.weight.dtype)
+        lam = at_step(o.damping, step, factor.statistics[0].dtype)
         if o.inverse == "cholesky":
             return factor._replace(inverses=_factored(factor.statistics, lam, _inverse))
         pairs = [_spectrum(s, o.statistics) for s in factor.statistics]
@@ -131,21 +110,26 @@ def kfac_method(o: KfacOptions) -> BlockMethod:
             lam = lam * jnp.max(values[0]) * jnp.max(values[1])
         curvature = values[0][:, None] * values[1][None, :] + lam
         turned = _rotate(factor.vectors, g) / jnp.where(curvature > 0, curvature, 1)
-        return jnp.where(factor.weight > 0, _rotate(factor.vectors, turned, back=True), g)
+        return jnp.where(step.refreshes > 0, _rotate(factor.vectors, turned, back=True), g)
 
-    return BlockMethod(init, accumulate, refresh, precondition)
+    forms = "|".join("diagonal" if short else "full" for short in o.diagonal)
+    return BlockMethod(
+        init,
+        accumulate,
+        refresh,
+        precondition,
+        name=f"kfac({o.statistics}, {o.inverse}, {o.damping_rule}, {forms})",
+    )
 
 
-def _share(o: KfacOptions, weight: jax.Array) -> Pair:
-    """Share of the new statistic in the average, and the new weight."""
-    ema = jnp.asarray(o.ema, weight.dtype)
+def _share(o: KfacOptions, step: Step, dtype: Any) -> jax.Array:
+    """Share of the new statistic in the average."""
+    ema = jnp.asarray(o.ema, dtype)
     if o.averaging == "corrected":
-        weight = ema * weight + 1
-        return 1 / weight, weight
-    weight = weight + 1
+        return corrected_share(ema, step.statistics, dtype)
     if o.averaging == "capped":  # plain mean at first: arXiv 1503.05671 section 5
-        return 1 - jnp.minimum(1 - 1 / weight, ema), weight
-    return 1 - ema, weight
+        return jnp.maximum(1 / step.statistics.astype(dtype), 1 - ema)
+    return 1 - ema
 
 
 def _grams(statistic: Rows | Grams, o: KfacOptions) -> Pair:
@@ -193,11 +177,7 @@ def _factored(factors: Pair, lam: jax.Array, invert: Any) -> Pair:
 
 
 def _inverse(f: jax.Array, shift: jax.Array) -> jax.Array:
-    if f.ndim == 1:
-        return 1 / (f + shift)
-    # the mean eigenvalue is one; below this shift a singular factor has no Cholesky factor
-    shift = jnp.maximum(shift, f.shape[0] * jnp.finfo(f.dtype).eps)
-    return cholesky_inverse(f + shift * jnp.eye(f.shape[0], dtype=f.dtype))
+    return 1 / (f + shift) if f.ndim == 1 else damped_inverse(f, shift)
 
 
 def _spectrum(s: jax.Array, form: str) -> tuple[jax.Array, jax.Array | None]:

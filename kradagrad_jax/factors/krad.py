@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kradagrad_jax.linalg import matmul, symmetrize
+from kradagrad_jax.factors.numbers import is_number
+from kradagrad_jax.linalg import inverse_update, matmul, symmetrize
 
 BOUNDS = ("sym", "fro", "trace", "spectral", "official")
 
@@ -31,10 +32,16 @@ def _spectral_norm(m: jax.Array) -> jax.Array:
 
 
 def _damped(l: jax.Array, damping: Any) -> jax.Array:  # noqa: E741
-    """``L - eps L^2``, skipped while tracing where eps is the Python number 0."""
-    if isinstance(damping, (int, float)) and damping == 0:
+    """``L - eps L^2``, skipped while tracing where eps is the Python number 0.
+
+    eps is at most half the inverse of the largest row sum, a bound of lambda_max(L): from
+    ``eps lambda_max(L) = 1`` on L would turn singular or negative.
+    """
+    if is_number(damping, 0):
         return l
-    return l - jnp.asarray(damping, l.dtype) * matmul(l, l)
+    top = jnp.max(jnp.sum(jnp.abs(l), axis=1))
+    eps = jnp.minimum(jnp.asarray(damping, l.dtype), 0.5 / jnp.where(top > 0, top, 1))
+    return l - eps * matmul(l, l)
 
 
 def _shortfall(bound: str, la: jax.Array | None, h: jax.Array, u: jax.Array) -> jax.Array:
@@ -65,7 +72,7 @@ def krad_step(
       bound: s of ``t = 1 + s``: ``"fro"`` ||L A||_F (the paper), ``"trace"`` tr(L A), ``"sym"``
         ||L^1/2 A L^1/2||_F (the tightest cheap one), ``"spectral"`` its largest eigenvalue,
         ``"official"`` the released code's ``t = n (1 + tr(L A))``.
-      damping: eps of ``L <- L - eps L^2`` before the step; needs eps * lambda_max(L) < 1.
+      damping: eps of ``L <- L - eps L^2`` before the step, at most ``1 / (2 lambda_max(L))``.
 
     Returns:
       (n, n), symmetric; between 0 and ``l`` in exact arithmetic.
@@ -108,20 +115,51 @@ def krad_factored(s: jax.Array, u: jax.Array) -> jax.Array:
     return s - matmul(s, m) * (0.5 / (1 + jnp.sqrt(jnp.sum(m * m))))
 
 
-def first_scale(l: jax.Array, u: jax.Array, initial: Any) -> jax.Array:  # noqa: E741
-    """Rescales an untouched ``initial * I`` to ``initial / mean eigenvalue of A``.
+def exact_step(k: jax.Array, u: jax.Array, beta2: Any, start: jax.Array) -> jax.Array:
+    """The exact inverse ``L = K K^T`` of ``B <- beta2 B + (1 - beta2) / start I + U U^T``.
 
-    Makes the method independent of the scale of the gradients (spec section 6.1.8). A factor that
-    has seen no gradient but zeros is still untouched.
+    A decaying B forgets towards its start ``I / start``, not towards zero: along a direction that
+    gradients leave out L would grow without bound.
+
+    Args:
+      k: (n, n).
+      u: (n, m).
+      beta2: in (0, 1]; the Python number 1 saves the additional rows.
+      start: scalar l of ``L_0 = l I``.
+
+    Returns:
+      New ``k``.
     """
-    untouched = jnp.all(jnp.diagonal(l) == jnp.asarray(initial, l.dtype))
-    mean = jnp.sum(u * u) / u.shape[0]
-    usable = untouched & (mean > 0)
-    return jnp.where(usable, l / jnp.where(usable, mean, 1.0), l)
+    if is_number(beta2, 1):
+        return inverse_update(k, u)
+    b = jnp.asarray(beta2, k.dtype)
+    rest = jnp.sqrt((1 - b) / start) * jnp.eye(len(k), dtype=k.dtype)
+    return inverse_update(k / jnp.sqrt(b), jnp.concatenate([u, rest], axis=1))
+
+
+def forgotten(l: jax.Array, beta2: Any, start: jax.Array) -> jax.Array:  # noqa: E741
+    """``L / beta2`` bent down to ``L_0 = start I``: ``(L - (1 - beta2) L^2 / start) / beta2``.
+
+    The inverse of ``beta2 L^-1 + (1 - beta2) L_0^-1`` by one product: exact at L_0 and for small
+    L, never below it, at most ``(1 - beta2)^2 / (4 beta2)`` above it (relative). For ``beta2 >=
+    1/2`` it is increasing on [0, start], so that L stays between 0 and L_0.
+    """
+    if is_number(beta2, 1):
+        return l
+    b = jnp.asarray(beta2, l.dtype)
+    return (l - matmul(l, l) * ((1 - b) / start)) / b
+
+
+def forgotten_root(s: jax.Array, beta2: Any, start: jax.Array) -> jax.Array:
+    """The same for ``L = S S^T``: ``(S - (1 - sqrt(beta2)) S S^T S / start) / sqrt(beta2)``."""
+    if is_number(beta2, 1):
+        return s
+    b = jnp.sqrt(jnp.asarray(beta2, s.dtype))
+    return (s - matmul(s, matmul(s.T, s)) * ((1 - b) / start)) / b
 
 
 def scheduled_mode(count: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Mode that KrADagrad updates at step ``count`` (official schedule; spec section 3.3)."""
+    """Mode of the ``count``-th statistic of KrADagrad (official schedule; spec section 3.3)."""
     k = len(shape)
     largest = max(range(k), key=lambda i: (shape[i], -i))
     s = count - 1

@@ -1,21 +1,18 @@
 """Block methods of KrADagrad* (all modes at every step) and KrADagrad (one mode per step)."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kradagrad_jax.factors import krad
-from kradagrad_jax.factors.kron import KronFactor, apply_dense, init_kron
+from kradagrad_jax.factors.exponents import exponents, shared_out, with_factor
+from kradagrad_jax.factors.kron import Factored, apply_dense, init_kron, on_modes, per_mode
 from kradagrad_jax.factors.method import BlockMethod, Step
-from kradagrad_jax.factors.roots import default_exponent, make_root
-from kradagrad_jax.linalg import (
-    inverse_update,
-    left_power,
-    mode_gram,
-    multiply_modes,
-    unfold,
-)
+from kradagrad_jax.factors.numbers import is_number
+from kradagrad_jax.factors.roots import Root, make_root
+from kradagrad_jax.linalg import left_power, mode_gram, unfold, when
 
 
 class KradOptions(NamedTuple):
@@ -32,198 +29,210 @@ class KradOptions(NamedTuple):
     root_damping: Any
 
 
-class DelayedFactor(NamedTuple):
-    """Direct form whose statistics are folded in at a refresh only.
+class KradFactor(NamedTuple):
+    """Factors of one block of shape ``(n_1, ..., n_k)``; None for a mode without factor.
 
     Attributes:
-      statistics: per mode L ``(n_i, n_i)``.
-      preconditioners: per mode ``(n_i, n_i)``.
-      pending: per mode the Gram matrices since the last refresh ``(n_i, n_i)``.
+      statistics: per mode ``(n_i, n_i)``: L, or S / K with ``L = S S^T`` in the factored and exact
+        forms.
+      preconditioners: per mode ``(n_i, n_i)``: what multiplies the gradient.
+      starts: per mode l with ``L_0 = l I``, scalars; None where nothing refers to it later.
+      pending: per mode the Gram matrices since the last refresh (delayed form); else None.
     """
 
-    statistics: tuple[jax.Array, ...]
-    preconditioners: tuple[jax.Array, ...]
-    pending: tuple[jax.Array, ...]
-
-
-def _decayed(x: jax.Array, beta2: Any) -> jax.Array:
-    """``x / beta2``, skipped while tracing where beta2 is the Python number 1."""
-    return x if isinstance(beta2, (int, float)) and beta2 == 1 else x / jnp.asarray(beta2, x.dtype)
-
-
-def _update_one(o: KradOptions, x: jax.Array, u: jax.Array) -> jax.Array:
-    """New statistic of one mode: L, or S / K with L = S S^T in the factored and exact forms."""
-    if o.form in ("factored", "exact"):
-        start = jnp.sqrt(jnp.asarray(o.initial, x.dtype))
-        if o.initial_scale == "gradient":
-            x = _root_first_scale(x, u, start)
-        x = _decayed(x, _sqrt(o.beta2))
-        return krad.krad_factored(x, u) if o.form == "factored" else inverse_update(x, u)
-    if o.initial_scale == "gradient":
-        x = krad.first_scale(x, u, o.initial)
-    return krad.krad_step(_decayed(x, o.beta2), u, bound=o.bound, damping=o.damping)
-
-
-def _sqrt(x: Any) -> Any:
-    return x**0.5 if isinstance(x, (int, float)) else jnp.sqrt(x)
-
-
-def _root_first_scale(s: jax.Array, u: jax.Array, start: jax.Array) -> jax.Array:
-    """:func:`krad.first_scale` for a square root of L."""
-    untouched = jnp.all(jnp.diagonal(s) == start)
-    mean = jnp.sum(u * u) / u.shape[0]
-    usable = untouched & (mean > 0)
-    return jnp.where(usable, s / jnp.sqrt(jnp.where(usable, mean, 1.0)), s)
-
-
-def _root_of(o: KradOptions):
-    """``(statistic, old preconditioner, exponent, step) -> preconditioner`` and its application."""
-    if o.form == "factored" or o.form == "exact":
-        if o.root != "eigh":
-            raise ValueError(
-                f"form={o.form!r} takes its root from a singular value decomposition; "
-                f"leave root='eigh', got {o.root!r}"
-            )
-        return (lambda x, p, e, step: left_power(x, e)), apply_dense
-    how = make_root(o.root, o.root_damping, "absolute")
-    return how.compute, how.apply
-
-
-def _init(o: KradOptions, shape: tuple[int, ...], dtype: Any) -> KronFactor:
-    scale = jnp.asarray(o.initial, dtype)
-    return init_kron(shape, jnp.sqrt(scale) if o.form in ("factored", "exact") else scale, dtype)
+    statistics: tuple[Any, ...]
+    preconditioners: tuple[Any, ...]
+    starts: tuple[Any, ...] | None = None
+    pending: tuple[Any, ...] | None = None
 
 
 def star_method(o: KradOptions) -> BlockMethod:
-    """KrADagrad* (arXiv 2305.19416, Algorithms 1 and 3): ``P_i = L_i^(1/(2k))``."""
-    if o.form == "delayed":
-        return _delayed_method(o)
-    compute, apply = _root_of(o)
+    """KrADagrad* (arXiv 2305.19416, Algorithms 1 and 3): ``P_i = L_i^(1/(2k))``.
 
-    def accumulate(factor: KronFactor, g: jax.Array, step: Step) -> KronFactor:
-        return factor._replace(
-            statistics=tuple(
-                _update_one(o, x, unfold(g, i)) for i, x in enumerate(factor.statistics)
-            )
-        )
+    The delayed form sums Gram matrices and takes one KrAD step per refresh (supplement C.2).
+    """
+    how, delayed = _root_of(o), o.form == "delayed"
 
-    def refresh(factor: KronFactor, step: Step) -> KronFactor:
-        shape = tuple(x.shape[0] for x in factor.statistics)
-        e = default_exponent(shape, o.exponent, 0.5)
+    def init(shape: tuple[int, ...], dtype: Any, factored: Factored = None) -> KradFactor:
+        factor = _init(o, how, shape, dtype, factored)
+        if not delayed:
+            return factor
+        return factor._replace(pending=per_mode(lambda i, x: 0 * x, factor.statistics))
+
+    def accumulate(factor: KradFactor, g: jax.Array, step: Step) -> KradFactor:
+        if delayed:
+            b = jnp.asarray(o.beta2, g.dtype)
+            assert factor.pending is not None
+            sums = per_mode(lambda i, a: b * a + mode_gram(g, i), factor.pending)
+            return factor._replace(pending=sums)
+        first = step.statistics == 1
+        return _updated(o, factor, [unfold(g, i) for i in range(g.ndim)], first)
+
+    def refresh(factor: KradFactor, step: Step) -> KradFactor:
+        first = step.refreshes == 0
+        if delayed:
+            factor = _updated(o, factor, factor.pending, first)
+            factor = factor._replace(pending=per_mode(lambda i, x: 0 * x, factor.statistics))
+        e = shared_out(factor.statistics, o.exponent)
         return factor._replace(
-            preconditioners=tuple(
-                compute(x, p, e, step)
-                for x, p in zip(factor.statistics, factor.preconditioners, strict=True)
+            preconditioners=per_mode(
+                lambda i, x, p, e: how.compute(x, p, e, first),
+                factor.statistics,
+                factor.preconditioners,
+                e,
             )
         )
 
     return BlockMethod(
-        init=lambda shape, dtype: _init(o, shape, dtype),
+        init=init,
         accumulate=accumulate,
         refresh=refresh,
-        precondition=lambda factor, g, step: apply(factor, g),
+        precondition=lambda factor, g, step: how.apply(factor.preconditioners, g),
+        name=f"kradagrad_star({o.form}, {o.root})",
+        partial=True,
     )
-
-
-def _delayed_method(o: KradOptions) -> BlockMethod:
-    """KrADagrad* with one KrAD step per refresh on the summed Gram matrices (supplement C.2)."""
-    compute, apply = _root_of(o._replace(form="direct"))
-
-    def init(shape: tuple[int, ...], dtype: Any) -> DelayedFactor:
-        plain = _init(o, shape, dtype)
-        return DelayedFactor(*plain, tuple(jnp.zeros_like(x) for x in plain.statistics))
-
-    def accumulate(factor: DelayedFactor, g: jax.Array, step: Step) -> DelayedFactor:
-        b = jnp.asarray(o.beta2, g.dtype)
-        return factor._replace(
-            pending=tuple(b * a + mode_gram(g, i) for i, a in enumerate(factor.pending))
-        )
-
-    def refresh(factor: DelayedFactor, step: Step) -> DelayedFactor:
-        shape = tuple(x.shape[0] for x in factor.statistics)
-        e = default_exponent(shape, o.exponent, 0.5)
-        statistics = []
-        for x, a in zip(factor.statistics, factor.pending, strict=True):
-            if o.initial_scale == "gradient":
-                x = krad.first_scale(x, jnp.sqrt(jnp.diagonal(a))[:, None], o.initial)
-            statistics.append(krad.krad_step_gram(_decayed(x, o.beta2), a, o.damping))
-        return DelayedFactor(
-            tuple(statistics),
-            tuple(
-                compute(x, p, e, step)
-                for x, p in zip(statistics, factor.preconditioners, strict=True)
-            ),
-            tuple(jnp.zeros_like(a) for a in factor.pending),
-        )
-
-    def precondition(factor: DelayedFactor, g: jax.Array, step: Step) -> jax.Array:
-        return apply(KronFactor(factor.statistics, factor.preconditioners), g)
-
-    return BlockMethod(init, accumulate, refresh, precondition)
 
 
 def alternating_method(o: KradOptions) -> BlockMethod:
     """KrADagrad (arXiv 2305.19416, Algorithm 2): one mode per step, square roots at any order.
 
     The statistic of the scheduled mode is taken from the gradient preconditioned in all others.
+    The schedule counts statistics, and modes with a factor only.
     """
     if o.form == "delayed":
         raise ValueError("kradagrad has no delayed form; use kradagrad_star(form='delayed')")
-    compute, apply = _root_of(o)
-    square_root_kept = o.root == "tracked"
+    how = _root_of(o)
 
-    def others(factor: KronFactor, g: jax.Array, mode: int) -> jax.Array:
-        """``g`` preconditioned in all modes but one."""
-        ps = factor.preconditioners
-        if square_root_kept:
-            g = multiply_modes(g, [k.T for k in ps], skip=(mode,))
-        return multiply_modes(g, ps, skip=(mode,))
+    def scheduled(factor: KradFactor, step: Step) -> jax.Array:
+        """Position of the mode of this statistic among the modes with a factor."""
+        sizes = tuple(len(x) for x in factor.statistics if x is not None)
+        return krad.scheduled_mode(step.statistics, sizes)
 
-    def accumulate(factor: KronFactor, g: jax.Array, step: Step) -> KronFactor:
-        def at(mode: int):
-            def branch() -> tuple[jax.Array, ...]:
-                u = unfold(others(factor, g, mode), mode)
-                new = list(factor.statistics)
-                new[mode] = _update_one(o, new[mode], u)
-                return tuple(new)
-
-            return branch
-
+    def accumulate(factor: KradFactor, g: jax.Array, step: Step) -> KradFactor:
         mode = scheduled(factor, step)
-        branches = [at(i) for i in range(len(factor.statistics))]
-        return factor._replace(statistics=jax.lax.switch(mode, branches))
 
-    def scheduled(factor: KronFactor, step: Step) -> jax.Array:
-        return krad.scheduled_mode(step.count, tuple(x.shape[0] for x in factor.statistics))
+        def turn(place: int, i: int) -> tuple[Any, Any]:
+            old = _of_mode(factor, i)
 
-    def refresh(factor: KronFactor, step: Step) -> KronFactor:
-        e = 0.5 if o.exponent is None else o.exponent
-        # every mode has its first turn within the first k steps
-        early = step._replace(
-            first_refresh=step.first_refresh | (step.count <= len(factor.statistics))
-        )
+            def update(old: tuple[Any, Any]) -> tuple[Any, Any]:
+                u = unfold(how.apply(factor.preconditioners, g, skip=(i,)), i)
+                return _update_one(o, *old, u, step.statistics == place + 1)
 
-        def one(mode: int):
-            x, old = factor.statistics[mode], factor.preconditioners[mode]
-            start = jnp.asarray(o.initial, x.dtype)
-            start = jnp.sqrt(start) if o.form in ("factored", "exact") else start
-            # a mode that was never updated keeps P = I
-            touched = jnp.any(jnp.diagonal(x) != start)
-            return lambda: jnp.where(touched, compute(x, old, e, early), old)
+            return when(mode == place, update, old)
 
-        # with a refresh at every step only the mode of this step has changed
+        return _with_modes(factor, _each(factor.statistics, turn))
+
+    def refresh(factor: KradFactor, step: Step) -> KradFactor:
+        # with a refresh at every step only the mode of the newest statistic has changed
         mode = scheduled(factor, step)
-        every_mode = jnp.asarray(step.interval != 1) | step.first_refresh
-        return factor._replace(
-            preconditioners=tuple(
-                jax.lax.cond(every_mode | (mode == i), one(i), lambda p=p: p)
-                for i, p in enumerate(factor.preconditioners)
+        every = jnp.asarray(step.interval != 1) | (step.refreshes == 0)
+        e = exponents([x is not None for x in factor.statistics], o.exponent, 0.5)
+        # whichever is earlier: every mode has had its turn, or a refresh after that
+        early = jnp.minimum(step.statistics, step.refreshes) <= len(factor.statistics)
+
+        def turn(place: int, i: int) -> Any:
+            due = (step.statistics > place) & (every | (mode == place))
+            return when(
+                due,
+                lambda old: how.compute(factor.statistics[i], old, e[i], early),
+                factor.preconditioners[i],
             )
-        )
+
+        return factor._replace(preconditioners=_each(factor.statistics, turn))
 
     return BlockMethod(
-        init=lambda shape, dtype: _init(o, shape, dtype),
+        init=lambda shape, dtype, factored=None: _init(o, how, shape, dtype, factored),
         accumulate=accumulate,
         refresh=refresh,
-        precondition=lambda factor, g, step: apply(factor, g),
+        precondition=lambda factor, g, step: how.apply(factor.preconditioners, g),
+        name=f"kradagrad({o.form}, {o.root})",
+        partial=True,
     )
+
+
+def _each(statistics: Sequence[Any], function: Any) -> tuple[Any, ...]:
+    """``function(place among the modes with a factor, mode)``; None for the others."""
+    places = iter(range(len(statistics)))
+    return per_mode(lambda i, _: function(next(places), i), statistics)
+
+
+def _init(
+    o: KradOptions, how: Root, shape: tuple[int, ...], dtype: Any, factored: Factored
+) -> KradFactor:
+    scale = jnp.asarray(o.initial, dtype)
+    kept = with_factor(shape, factored, o.exponent)
+    start = jnp.sqrt(scale) if o.form in ("factored", "exact") else scale
+    remembered = o.initial_scale == "gradient" and not (
+        is_number(o.beta2, 1) and is_number(o.damping, 0)
+    )
+    return KradFactor(
+        init_kron(shape, start, dtype, kept).statistics,
+        on_modes(lambda n: how.init(n, dtype), shape, kept),
+        on_modes(lambda n: scale, shape, kept) if remembered else None,
+    )
+
+
+def _of_mode(factor: KradFactor, mode: int) -> tuple[Any, Any]:
+    """Statistic and start of a mode."""
+    return factor.statistics[mode], None if factor.starts is None else factor.starts[mode]
+
+
+def _with_modes(factor: KradFactor, pairs: tuple[Any, ...]) -> KradFactor:
+    """The factor with these statistics and starts."""
+    starts = None if factor.starts is None else per_mode(lambda i, pair: pair[1], pairs)
+    return factor._replace(statistics=per_mode(lambda i, pair: pair[0], pairs), starts=starts)
+
+
+def _updated(o: KradOptions, factor: KradFactor, parts: Any, first: jax.Array) -> KradFactor:
+    """All modes with their unfolded gradients (delayed: Gram matrices) in."""
+    return _with_modes(
+        factor,
+        per_mode(
+            lambda i, x: _update_one(o, *_of_mode(factor, i), parts[i], first), factor.statistics
+        ),
+    )
+
+
+def _update_one(
+    o: KradOptions, x: jax.Array, start: jax.Array | None, u: jax.Array, first: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """New statistic and start of one mode from its unfolded gradient (delayed: Gram matrix).
+
+    A start in the unit of the gradients is ``initial / mean eigenvalue`` of the mode's first
+    statistic, which makes the method independent of their scale (spec section 6.1.8).
+    """
+    rooted, scaled = o.form in ("factored", "exact"), o.initial_scale == "gradient"
+    if scaled:
+        mean = jnp.trace(u) / len(u) if o.form == "delayed" else jnp.sum(u * u) / len(u)
+        unit = jnp.where(first & (mean > 0), mean, 1)
+        x = x / (jnp.sqrt(unit) if rooted else unit)
+        start = None if start is None else start / unit
+    # L_0 = origin * I, what a decaying L returns to
+    origin = jnp.asarray(o.initial, x.dtype) if start is None else start
+    if o.form == "exact":
+        return krad.exact_step(x, u, o.beta2, origin), start
+    if o.form == "factored":
+        return krad.krad_factored(krad.forgotten_root(x, o.beta2, origin), u), start
+    x = krad.forgotten(x, o.beta2, origin)
+    damping = o.damping
+    if scaled and not is_number(damping, 0):
+        damping = damping / origin
+    if o.form == "delayed":
+        return krad.krad_step_gram(x, u, damping), start
+    return krad.krad_step(x, u, bound=o.bound, damping=damping), start
+
+
+def _root_of(o: KradOptions) -> Root:
+    """How statistics become preconditioners."""
+    if o.form in ("factored", "exact"):
+        if o.root != "eigh":
+            raise ValueError(
+                f"form={o.form!r} takes its root from a singular value decomposition; "
+                f"leave root='eigh', got {o.root!r}"
+            )
+        return Root(
+            lambda n, dtype: jnp.eye(n, dtype=dtype),
+            lambda x, p, e, exact: left_power(x, e),
+            apply_dense,
+        )
+    return make_root(o.root, o.root_damping, "absolute")

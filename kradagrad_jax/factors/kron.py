@@ -1,5 +1,6 @@
 """One square factor per mode of a block: the state that all Kronecker methods share."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -7,35 +8,52 @@ import jax.numpy as jnp
 
 from kradagrad_jax.linalg import multiply_modes
 
+Factored = Sequence[bool] | None  # which modes of a block have a factor; None: all
+
 
 class KronFactor(NamedTuple):
-    """Factors of one block of shape ``(n_1, ..., n_k)``.
+    """Factors of one block of shape ``(n_1, ..., n_k)``; None for a mode without factor.
 
     Attributes:
       statistics: per mode ``(n_i, n_i)``: what gradients are folded into.
       preconditioners: per mode ``(n_i, n_i)``: what multiplies the gradient.
     """
 
-    statistics: tuple[jax.Array, ...]
-    preconditioners: tuple[jax.Array, ...]
+    statistics: tuple[Any, ...]
+    preconditioners: tuple[Any, ...]
 
 
-def scaled_identities(shape: tuple[int, ...], scale: Any, dtype: Any) -> tuple[jax.Array, ...]:
-    """``scale * I`` per mode; the scale may be traced."""
-    return tuple(jnp.eye(n, dtype=dtype) * jnp.asarray(scale, dtype) for n in shape)
+def per_mode(function: Callable[..., Any], *columns: Sequence[Any]) -> tuple[Any, ...]:
+    """``function(mode, *entries)`` for every mode; None where the first entry is None."""
+    rows = enumerate(zip(*columns, strict=True))
+    return tuple(None if row[0] is None else function(mode, *row) for mode, row in rows)
 
 
-def init_kron(shape: tuple[int, ...], scale: Any, dtype: Any) -> KronFactor:
-    """Statistics ``scale * I``, preconditioners ``I``."""
-    return KronFactor(scaled_identities(shape, scale, dtype), scaled_identities(shape, 1.0, dtype))
+def on_modes(
+    function: Callable[[int], Any], shape: Sequence[int], factored: Factored = None
+) -> tuple[Any, ...]:
+    """``function(length)`` for every mode with a factor, None for the others."""
+    kept = (True,) * len(shape) if factored is None else factored
+    return tuple(function(n) if has else None for n, has in zip(shape, kept, strict=True))
 
 
-def apply_dense(factor: KronFactor, g: jax.Array) -> jax.Array:
+def init_kron(
+    shape: tuple[int, ...], scale: Any, dtype: Any, factored: Factored = None
+) -> KronFactor:
+    """Statistics ``scale * I``, preconditioners ``I``; the scale may be traced."""
+    scale = jnp.asarray(scale, dtype)
+    return KronFactor(
+        on_modes(lambda n: scale * jnp.eye(n, dtype=dtype), shape, factored),
+        on_modes(lambda n: jnp.eye(n, dtype=dtype), shape, factored),
+    )
+
+
+def apply_dense(preconditioners: Sequence[Any], g: jax.Array, skip: Sequence[int] = ()):
     """``g`` multiplied in every mode by its (symmetric) preconditioner."""
-    return multiply_modes(g, factor.preconditioners)
+    return multiply_modes(g, preconditioners, skip)
 
 
-def apply_square_root(factor: KronFactor, g: jax.Array) -> jax.Array:
+def apply_square_root(roots: Sequence[Any], g: jax.Array, skip: Sequence[int] = ()) -> jax.Array:
     """The same where the preconditioner is kept as ``K`` with ``P = K K^T``."""
-    inner = multiply_modes(g, [k.T for k in factor.preconditioners])
-    return multiply_modes(inner, factor.preconditioners)
+    inner = multiply_modes(g, [None if k is None else k.T for k in roots], skip)
+    return multiply_modes(inner, roots, skip)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kradagrad_jax.factors.lowrank_options import LowRankOptions, Online
 from kradagrad_jax.factors.method import BlockMethod, Grams, Rows, Step
-from kradagrad_jax.factors.numbers import at_step
+from kradagrad_jax.factors.numbers import at_step, corrected_share
 from kradagrad_jax.linalg import (
     LowRank,
     brand_update,
@@ -22,6 +22,7 @@ from kradagrad_jax.linalg import (
     matmul,
     randomized_svd,
     symmetric_sketch,
+    when,
 )
 
 
@@ -32,13 +33,11 @@ class Side(NamedTuple):
       m: (d, d) average of the statistics; None where the pairs are tracked without it.
       pairs: stored eigenpairs, (R,) and (d, R); unused ones are zero.
       valid: number of pairs in use, int32.
-      count: number of statistics in the average (tracked: number of online updates), int32.
     """
 
     m: jax.Array | None
     pairs: LowRank
     valid: jax.Array
-    count: jax.Array
 
 
 class LowRankFactor(NamedTuple):
@@ -90,7 +89,12 @@ def low_rank_method(o: LowRankOptions) -> BlockMethod:
     def cost(shape: tuple[int, ...]) -> float:
         return float(sum(0 if is_tracked(o, d) else d * d * min(o.sketch.rank, d) for d in shape))
 
-    return BlockMethod(init, accumulate, refresh, precondition, cost)
+    kinds = ("overwrite", o.overwrite), ("correct", o.correct)
+    parts = [o.decomposition, o.start, *(name for name, on in kinds if on)]
+    if o.online is not None:
+        parts.append("online")
+    name = f"low_rank_kfac({', '.join(parts)})"
+    return BlockMethod(init, accumulate, refresh, precondition, cost, name=name)
 
 
 def solve_side(o: LowRankOptions, side: Side, x: jax.Array, step: Step) -> jax.Array:
@@ -99,27 +103,16 @@ def solve_side(o: LowRankOptions, side: Side, x: jax.Array, step: Step) -> jax.A
     floor = w[jnp.maximum(side.valid - 1, 0)] if o.continuation else jnp.zeros((), dtype)
     damping = at_step(o.damping, step, dtype) * jnp.max(w)
     if o.start == "counted":  # what is missing of an average that started at the identity
-        damping = damping + jnp.asarray(o.ema, dtype) ** side.count.astype(dtype)
+        number = folded(o, len(side.pairs.u), step).astype(dtype)
+        damping = damping + jnp.asarray(o.ema, dtype) ** number
     return low_rank_solve(side.pairs, x, jnp.where(damping > 0, damping, 1), floor)
 
 
-def precondition_rows(
-    o: LowRankOptions, factor: LowRankFactor, rows: Rows, step: Step
-) -> jax.Array:
-    """The preconditioned gradient ``a^T g`` of a batch from its rows, in time linear in d.
-
-    Args:
-      o: options of the method.
-      factor: state of the layer.
-      rows: inputs and output gradients whose product is the gradient.
-      step: traced scalars of the step.
-
-    Returns:
-      ``(d_in, d_out)``, equal to the preconditioned ``rows.a.T @ rows.g``; cheaper where there
-      are far fewer rows than inputs and outputs (arXiv 2210.08494).
-    """
-    a = solve_side(o, factor.a, rows.a.T, step)
-    return matmul(a, solve_side(o, factor.g, rows.g.T, step).T)
+def folded(o: LowRankOptions, d: int, step: Step) -> jax.Array:
+    """Statistics in the pairs of a side of size d: all, or every so many if it is tracked."""
+    if o.online is None or not is_tracked(o, d):
+        return step.statistics
+    return (step.statistics - 1) // o.online.every + 1
 
 
 def _init_side(o: LowRankOptions, d: int, dtype: Any) -> Side:
@@ -130,7 +123,6 @@ def _init_side(o: LowRankOptions, d: int, dtype: Any) -> Side:
         start * jnp.eye(d, dtype=dtype) if dense else None,
         LowRank(jnp.zeros(size, dtype), jnp.eye(d, size, dtype=dtype)),
         jnp.asarray(size, jnp.int32),
-        jnp.zeros((), jnp.int32),
     )
 
 
@@ -139,7 +131,7 @@ def _weights(o: LowRankOptions, count: jax.Array, dtype: Any) -> tuple[jax.Array
     ema = jnp.asarray(o.ema, dtype)
     if o.start != "corrected":
         return ema, 1 - ema
-    new = (1 - ema) / (1 - ema ** count.astype(dtype))
+    new = corrected_share(ema, count, dtype)
     return 1 - new, new
 
 
@@ -149,10 +141,10 @@ def _observe(
     """Folds a statistic in: rows (n, d), or a Gram matrix (d, d)."""
     m = side.m
     if m is not None:
-        old, new = _weights(o, step.statistics_count, m.dtype)
+        old, new = _weights(o, step.statistics, m.dtype)
         m = old * m + new * (matmul(x.T, x) if rows else x)
     if o.online is None or not is_tracked(o, side.pairs.u.shape[0]):
-        return side._replace(m=m, count=side.count + 1)
+        return side._replace(m=m)
     if not rows or x.shape[0] != o.columns:
         have = f"{x.shape[0]} rows" if rows else "Gram matrices"
         raise ValueError(
@@ -160,15 +152,14 @@ def _observe(
             "give Online(batch_size=...), and capture with reducer='raw'"
         )
     online = o.online
-    due = (step.statistics_count - 1) % online.every == 0
-    count = side.count + due.astype(jnp.int32)
     known = m if online.correct_with_batch else side.m
-    pairs, valid = jax.lax.cond(
-        due & ~_overwrites(o, step),
-        lambda: _follow(o, online, side, known, x, count, step, place),
-        lambda: (side.pairs, side.valid),
+    # also where a refresh will overwrite the pairs: the dense average holds the statistic as well
+    pairs, valid = when(
+        (step.statistics - 1) % online.every == 0,
+        lambda old: _follow(o, online, Side(m, *old), known, x, step, place),
+        (side.pairs, side.valid),
     )
-    return Side(m, pairs, valid, count)
+    return Side(m, pairs, valid)
 
 
 def _follow(
@@ -177,12 +168,11 @@ def _follow(
     side: Side,
     m: jax.Array | None,
     rows: jax.Array,
-    count: jax.Array,
     step: Step,
     place: tuple[int, Any],
 ) -> tuple[LowRank, jax.Array]:
     """The online update of a tracked side, and the light correction where it is due."""
-    old, new = _weights(o, count, rows.dtype)
+    old, new = _weights(o, folded(o, len(side.pairs.u), step), rows.dtype)
     most = o.sketch.rank
     rank = _active_rank(o, step, most)
     kept = _first(LowRank(side.pairs.w[:most], side.pairs.u[:, :most]), rank)
@@ -192,11 +182,11 @@ def _follow(
     if online.truncate == "after":
         pairs, valid = _first(LowRank(pairs.w[:most], pairs.u[:, :most]), rank), rank
     if o.correct and m is not None:
-        updates = (step.statistics_count - 1) // online.every
-        pairs = jax.lax.cond(
+        updates = (step.statistics - 1) // online.every
+        pairs = when(
             (updates > 0) & (updates % online.correct_every == 0),
-            lambda: correct(pairs, m, _pick(o, online, pairs, step, place)),
-            lambda: pairs,
+            lambda pairs: correct(pairs, m, _pick(o, online, pairs, step, place)),
+            pairs,
         )
     return pairs, jnp.asarray(valid, jnp.int32)
 
@@ -209,7 +199,7 @@ def _decompose(o: LowRankOptions, side: Side, step: Step, place: tuple[int, Any]
     m, how = side.m, o.sketch
     rank, width = min(how.rank, d), min(how.rank + how.oversampling, d)
 
-    def decompose() -> tuple[LowRank, jax.Array]:
+    def decompose(_: Any) -> tuple[LowRank, jax.Array]:
         omega = _test_matrix(o, (d, width), m.dtype, step, place)
         active, used = _active_rank(o, step, rank), None
         if how.rank_schedule is not None or how.oversampling_schedule is not None:
@@ -224,21 +214,19 @@ def _decompose(o: LowRankOptions, side: Side, step: Step, place: tuple[int, Any]
         padded = LowRank(jnp.pad(pairs.w, (0, pad)), jnp.pad(pairs.u, ((0, 0), (0, pad))))
         return padded, jnp.asarray(active, jnp.int32)
 
-    if not is_tracked(o, d):
-        pairs, valid = decompose()
+    old = (side.pairs, side.valid)
+    if is_tracked(o, d):
+        pairs, valid = when(_overwrites(o, step), decompose, old)
     else:
-        pairs, valid = jax.lax.cond(
-            _overwrites(o, step), decompose, lambda: (side.pairs, side.valid)
-        )
+        pairs, valid = decompose(old)
     return side._replace(pairs=pairs, valid=valid)
 
 
 def _overwrites(o: LowRankOptions, step: Step) -> jax.Array:
-    """Whether the pairs of tracked sides are replaced by a decomposition at this step."""
+    """Whether this refresh replaces the pairs of tracked sides by a decomposition."""
     if o.online is None or not o.overwrite:
         return jnp.asarray(False)
-    k = step.count - 1
-    return (k > 0) & (k % (o.online.overwrite_every * step.interval) == 0)
+    return (step.refreshes > 0) & (step.refreshes % o.online.overwrite_every == 0)
 
 
 def _active_rank(o: LowRankOptions, step: Step, rank: int) -> Any:

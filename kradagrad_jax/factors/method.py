@@ -9,19 +9,24 @@ Factor = Any  # any pytree of arrays without a batch axis
 
 
 class Step(NamedTuple):
-    """Traced scalars that a block method may use; the same for all blocks.
+    """Traced scalars that a block method may use.
+
+    ``count`` and ``interval`` are the same for all blocks, the other two are the block's own clock:
+    it starts with the first statistic that is not zero and gives a finite factor. What a method
+    does at certain statistics or refreshes only belongs into :func:`kradagrad_jax.linalg.when`.
 
     Attributes:
       count: step number, from 1 (int32).
-      statistics_count: how many statistics have been folded in, this one included (int32).
       interval: steps between refreshes (int or int32).
-      first_refresh: whether a refresh at this step is the first one (bool).
+      statistics: how many statistics this block has accepted, in ``accumulate`` the one that is
+        being folded in included (int32).
+      refreshes: how often this block was refreshed before: 0 in its first refresh (int32).
     """
 
     count: jax.Array
-    statistics_count: jax.Array
     interval: jax.Array | int
-    first_refresh: jax.Array
+    statistics: jax.Array
+    refreshes: jax.Array
 
 
 class Rows(NamedTuple):
@@ -58,16 +63,29 @@ class BlockMethod(NamedTuple):
     None of them sees a batch axis: the engine maps them over the stack of blocks of a bucket.
 
     Attributes:
-      init: ``(shape, dtype) -> factor``: any pytree of arrays (nothing of size zero).
+      init: ``(shape, dtype) -> factor``: any pytree of arrays (nothing of size zero). With
+        ``partial`` it is ``(shape, dtype, factored)``.
       accumulate: ``(factor, statistic, step) -> factor``. The statistic is the gradient block
         unless the engine is given another source; :class:`Rows` or :class:`Grams` for layers.
-      refresh: ``(factor, step) -> factor``: the expensive recomputation.
+        The first statistic of a block is never zero; one that gives a factor that is not finite
+        is dropped.
+      refresh: ``(factor, step) -> factor``: the expensive recomputation, never called before the
+        first statistic. None: the method has none.
       precondition: ``(factor, gradient, step) -> block``: the preconditioned gradient block.
       refresh_cost: ``shape -> float``: relative cost of one refresh, for staggering.
+      correct: ``(factor, statistic, step) -> factor``: folds the statistic a second time, after
+        the refreshes of the step. None: the method does not.
+      name: method and those of its settings that change what the arrays of a factor mean, for
+        checkpoints.
+      partial: whether ``init`` takes ``factored``, one bool per mode of the block: modes without
+        a factor are None in the factor, take no memory and are left alone.
     """
 
-    init: Callable[[tuple[int, ...], Any], Factor]
+    init: Callable[..., Factor]
     accumulate: Callable[[Factor, Any, Step], Factor]
-    refresh: Callable[[Factor, Step], Factor]
+    refresh: Callable[[Factor, Step], Factor] | None
     precondition: Callable[[Factor, jax.Array, Step], jax.Array]
     refresh_cost: Callable[[tuple[int, ...]], float] = lambda shape: float(sum(n**3 for n in shape))
+    correct: Callable[[Factor, Any, Step], Factor] | None = None
+    name: str = ""
+    partial: bool = False

@@ -1,4 +1,4 @@
-"""Numbers that may be schedules."""
+"""Numbers that may be schedules, and the weights of averages."""
 
 from typing import Any
 
@@ -15,3 +15,24 @@ def at_step(value: Any, step: Step, dtype: Any = None) -> jax.Array:
     """
     now = jnp.asarray(value(step.count - 1) if callable(value) else value)
     return now if dtype is None else now.astype(dtype)
+
+
+def is_number(value: Any, number: float) -> bool:
+    """Whether a setting is this Python number; a traced one is not."""
+    return isinstance(value, (int, float)) and value == number
+
+
+def averaged(beta: Any) -> str:
+    """``"sum"`` for a decay that is the Python number 1, else ``"average"``."""
+    return "sum" if is_number(beta, 1) else "average"
+
+
+def corrected_share(beta: Any, number: jax.Array, dtype: Any) -> jax.Array:
+    """Share of the newest of ``number`` statistics in their weighted mean with decay ``beta``.
+
+    ``(1 - beta) / (1 - beta^number)``: 1 for the first; for ``beta = 1`` the plain mean.
+    """
+    b, n = jnp.asarray(beta).astype(dtype), number.astype(dtype)
+    plain = b == 1
+    b = jnp.where(plain, 0.5, b)
+    return jnp.where(plain, 1 / n, (1 - b) / (1 - b**n))

@@ -5,7 +5,6 @@ roots, ``L_t^-1 = a^(-1/2) (I - k q q^T) L_(t-1)^-1``, of which the last tau are
 second optimizer of Ginger's authors (their repository; not in arXiv 2402.03295).
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,13 +21,11 @@ class QngFactor(NamedTuple):
       vectors: ``(tau + 1, d)``: q, zero where there is none yet.
       lengths: ``(tau + 1,)``: their squared norms.
       last: step at which the newest was taken, int32.
-      taken: how many there have been, int32.
     """
 
     vectors: jax.Array
     lengths: jax.Array
     last: jax.Array
-    taken: jax.Array
 
 
 class QngOptions(NamedTuple):
@@ -70,26 +67,26 @@ def qng_method(o: QngOptions) -> BlockMethod:
         if len(shape) != 1:
             raise ValueError(f"QNG keeps vectors; got a block of shape {shape}")
         pairs = (jnp.zeros((o.rank + 1, *shape), dtype), jnp.zeros(o.rank + 1, dtype))
-        return QngFactor(*pairs, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        return QngFactor(*pairs, jnp.zeros((), jnp.int32))
 
     def accumulate(factor: QngFactor, vectors: jax.Array, step: Step) -> QngFactor:
         if len(vectors) != 1:
             raise ValueError(f"QNG takes one curvature vector per step, got {len(vectors)}")
         newest = (factor.vectors[:-1], factor.lengths[:-1])
-        q = _half(o, newest, factor.taken, vectors[0], oldest_first=True)
+        q = _half(o, newest, step.statistics - 1, vectors[0], oldest_first=True)
         rows = jnp.concatenate([q[None], newest[0]])
         lengths = jnp.concatenate([jnp.sum(q * q)[None], newest[1]])
-        return QngFactor(rows, lengths, step.count.astype(jnp.int32), factor.taken + 1)
+        return QngFactor(rows, lengths, step.count.astype(jnp.int32))
 
     def precondition(factor: QngFactor, g: jax.Array, step: Step) -> jax.Array:
         fresh = factor.last == step.count
-        before = factor.taken - jnp.where(fresh, 1, 0)
+        before = step.statistics - jnp.where(fresh, 1, 0)
         older = tuple(jnp.where(fresh, x[1:], x[:-1]) for x in (factor.vectors, factor.lengths))
         y = _half(o, older, before, g, oldest_first=True)
         v = _half(o, older, before, y, oldest_first=False)
         return v if o.trust is None else v * _bound(o, g, v, step)
 
-    return BlockMethod(init, accumulate, lambda factor, step: factor, precondition, math.prod)
+    return BlockMethod(init, accumulate, None, precondition, name=f"qng({o.form})")
 
 
 def _half(

@@ -1,20 +1,21 @@
 """Which power of which matrix multiplies the gradient, and by which algorithm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kradagrad_jax.factors.kron import KronFactor, apply_dense, apply_square_root
-from kradagrad_jax.factors.method import Step
+from kradagrad_jax.factors.kron import apply_dense
 from kradagrad_jax.linalg import (
     checked_positive_root,
     eigh,
     inverse_root,
+    multiply_modes,
     powered_spectrum,
     refine_eigenbasis,
     symmetric_power,
+    when,
 )
 
 
@@ -22,12 +23,28 @@ class Root(NamedTuple):
     """A way to turn statistics into preconditioners.
 
     Attributes:
-      compute: ``(statistic, old preconditioner, exponent, step) -> preconditioner`` for one mode.
-      apply: ``(factor, gradient) -> preconditioned gradient``.
+      init: ``(n, dtype) -> preconditioner`` that changes nothing, of one mode.
+      compute: ``(statistic, old preconditioner, exponent, exact) -> preconditioner`` of one mode;
+        ``exact``: the old one says nothing of the statistic yet (bool, may be traced).
+      apply: ``(preconditioners, gradient, skip=()) -> gradient`` multiplied in all modes that have
+        one and are not to be skipped.
     """
 
-    compute: Callable[[jax.Array, jax.Array, Any, Step], jax.Array]
-    apply: Callable[[KronFactor, jax.Array], jax.Array]
+    init: Callable[[int, Any], Any]
+    compute: Callable[[jax.Array, Any, Any, Any], Any]
+    apply: Callable[..., jax.Array]
+
+
+class Spectral(NamedTuple):
+    """A preconditioner by its eigenbasis, which outlives eigenvalues that are zero.
+
+    Attributes:
+      basis: ``(n, n)``: orthonormal columns.
+      values: ``(n,)``: eigenvalues of the preconditioner, in no order.
+    """
+
+    basis: jax.Array
+    values: jax.Array
 
 
 def make_root(kind: str, damping: Any, rule: Any) -> Root:
@@ -40,12 +57,20 @@ def make_root(kind: str, damping: Any, rule: Any) -> Root:
       damping: see ``rule``; may be traced.
       rule: how eigenvalues are made safe, see :func:`kradagrad_jax.linalg.symmetric_power`.
     """
+
+    def eye(n: int, dtype: Any) -> jax.Array:
+        return jnp.eye(n, dtype=dtype)
+
     if kind == "eigh":
-        return Root(lambda s, p, e, step: symmetric_power(s, e, damping, rule), apply_dense)
+        return Root(eye, lambda s, p, e, exact: symmetric_power(s, e, damping, rule), apply_dense)
     if kind == "newton":
-        return Root(lambda s, p, e, step: _newton(s, p, e, damping), apply_dense)
+        return Root(eye, lambda s, p, e, exact: _newton(s, p, e, damping), apply_dense)
     if kind == "tracked":
-        return Root(lambda s, k, e, step: _tracked(s, k, e, damping, rule, step), apply_square_root)
+        return Root(
+            lambda n, dtype: Spectral(eye(n, dtype), jnp.ones(n, dtype)),
+            lambda s, p, e, exact: _tracked(s, p, e, damping, rule, exact),
+            _apply_spectral,
+        )
     raise ValueError(f"root must be 'eigh', 'newton' or 'tracked', got {kind!r}")
 
 
@@ -65,26 +90,20 @@ def _newton(s: jax.Array, old: jax.Array, exponent: Any, damping: Any) -> jax.Ar
 
 
 def _tracked(
-    s: jax.Array, k: jax.Array, exponent: Any, damping: Any, rule: Any, step: Step
+    s: jax.Array, old: Spectral, exponent: Any, damping: Any, rule: Any, exact: Any
+) -> Spectral:
+    """Eigenvalues of the preconditioner, and an approximate eigenbasis of the statistic."""
+    refined = refine_eigenbasis(s, old.basis)
+    w, basis = when(jnp.asarray(exact), lambda _, s: tuple(eigh(s)), tuple(refined), s)
+    return Spectral(basis, powered_spectrum(w, exponent, damping, rule))
+
+
+def _apply_spectral(
+    preconditioners: Sequence[Any], g: jax.Array, skip: Sequence[int] = ()
 ) -> jax.Array:
-    """New square root ``K = Q f(w)^(1/2)`` of the preconditioner, Q an approximate eigenbasis."""
-    tiny = jnp.finfo(k.dtype).tiny
-    basis = k / jnp.maximum(jnp.sqrt(jnp.sum(k * k, axis=0, keepdims=True)), tiny)
-    w, q = jax.lax.cond(step.first_refresh, lambda: eigh(s), lambda: refine_eigenbasis(s, basis))
-    return q * jnp.sqrt(powered_spectrum(w, exponent, damping, rule))[None, :]
-
-
-def unless_zero(statistic: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """``new``, but ``old`` for a statistic that has seen nothing but zeros.
-
-    Its root would be zero: a parameter whose first gradients are zero (behind a zero-initialised
-    layer, say) would not move when they come.
-    """
-    return jnp.where(jnp.any(statistic != 0), new, old)
-
-
-def default_exponent(shape: tuple[int, ...], exponent: Any, scale: float) -> Any:
-    """``exponent`` with the sign of ``scale`` if given, else ``scale / order``."""
-    if exponent is None:
-        return scale / len(shape)
-    return exponent if scale > 0 else -exponent
+    bases = [None if p is None else p.basis for p in preconditioners]
+    g = multiply_modes(g, [None if q is None else q.T for q in bases], skip)
+    for mode, p in enumerate(preconditioners):
+        if p is not None and mode not in skip:
+            g = g * jnp.expand_dims(p.values, [a for a in range(g.ndim) if a != mode])
+    return multiply_modes(g, bases, skip)

@@ -3,6 +3,8 @@
 The inverse curvature of a gradient M: (d_in, d_out) is ``K K^T x C C^T``. A refresh multiplies K
 by a first-order ``exp(-b m_K)``, where m_K follows the whitened curvature minus the identity,
 projected onto the structure of K; likewise C. Formulas: arXiv 2312.05705, 2302.09738 (INGD).
+K and C of INGD and SINGD share their scale freely and are kept in balance; those of IKFAC, which
+are damped inverses one by one, are not.
 """
 
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kradagrad_jax.factors.method import BlockMethod, Grams, Rows, Step
+from kradagrad_jax.factors.moving import Moves, dtype_of, move_roots, scaled, starting_momenta
 from kradagrad_jax.factors.numbers import at_step
 from kradagrad_jax.linalg.structures import Dense, Stored, Structure
 
@@ -46,38 +49,43 @@ class SingdOptions(NamedTuple):
 def singd_method(o: SingdOptions) -> BlockMethod:
     """The layer method for gradients ``(d_in, d_out)``.
 
-    Statistics are :class:`Rows` or :class:`Grams`. Folding one in IS the refresh: ``refresh`` does
-    nothing, the interval T is that of the statistics.
+    Statistics are :class:`Rows` or :class:`Grams`. Folding one in IS the refresh: there is no
+    other, the interval T is that of the statistics.
     """
     k_structure, c_structure = o.structures
-    momentum = has_momentum(o.riemannian_momentum)
+    moves = Moves(
+        o.lr_cov,
+        o.riemannian_momentum,
+        o.normalize_lr_cov,
+        o.second_order,
+        averaged=o.normalize_lr_cov != "none",
+        balanced=o.adaptive,
+    )
 
     def init(shape: tuple[int, ...], dtype: Any) -> SingdFactor:
         eyes = [
             s.identity(n, own or dtype)
             for s, n, own in zip(o.structures, shape, o.factor_dtypes, strict=True)
         ]
-        zeros = [jax.tree.map(jnp.zeros_like, eye) if momentum else None for eye in eyes]
-        return SingdFactor(eyes[0], eyes[1], zeros[0], zeros[1])
+        return SingdFactor(*eyes, *starting_momenta(o.riemannian_momentum, eyes))
 
     def accumulate(factor: SingdFactor, statistic: Rows | Grams, step: Step) -> SingdFactor:
-        rows = isinstance(statistic, Rows)
+        rows, roots = isinstance(statistic, Rows), (factor.k, factor.c)
         sides = [
             _curvature(s, x, root, rows)
-            for s, x, root in zip(o.structures, statistic, (factor.k, factor.c), strict=True)
+            for s, x, root in zip(o.structures, statistic, roots, strict=True)
         ]
-        moved = [
-            _move(o, s, root, old, *own, _trace_weights(o, s_other, other), step)
-            for s, s_other, root, old, own, other in (
-                (k_structure, c_structure, factor.k, factor.m_k, sides[0], sides[1]),
-                (c_structure, k_structure, factor.c, factor.m_c, sides[1], sides[0]),
+        tangents = [
+            _tangent(o, s, *own, _trace_weights(o, s_other, other), step)
+            for s, s_other, own, other in (
+                (k_structure, c_structure, sides[0], sides[1]),
+                (c_structure, k_structure, sides[1], sides[0]),
             )
         ]
-        return SingdFactor(moved[0][0], moved[1][0], moved[0][1], moved[1][1])
-
-    def refresh(factor: SingdFactor, step: Step) -> SingdFactor:
-        del step
-        return factor
+        roots, momenta = move_roots(
+            moves, o.structures, roots, (factor.m_k, factor.m_c), tangents, step
+        )
+        return SingdFactor(*roots, *momenta)
 
     def precondition(factor: SingdFactor, g: jax.Array, step: Step) -> jax.Array:
         del step
@@ -85,17 +93,9 @@ def singd_method(o: SingdOptions) -> BlockMethod:
         out = c_structure.apply_square(factor.c, out.T.astype(dtype_of(factor.c)))
         return out.T.astype(g.dtype)
 
-    return BlockMethod(init, accumulate, refresh, precondition)
-
-
-def has_momentum(value: Any) -> bool:
-    """Whether a Riemannian momentum needs memory: all but a plain zero do."""
-    return not (isinstance(value, (int, float)) and value == 0)
-
-
-def dtype_of(stored: Stored) -> Any:
-    """Dtype of the numbers of a structured matrix."""
-    return jax.tree.leaves(stored)[0].dtype
+    names = "|".join(s.name for s in o.structures)
+    kind = "singd" if o.adaptive else "ikfac"
+    return BlockMethod(init, accumulate, None, precondition, name=f"{kind}({names})")
 
 
 def _curvature(s: Structure, x: jax.Array, root: Stored, rows: bool) -> tuple[Stored, Stored]:
@@ -111,47 +111,11 @@ def _trace_weights(o: SingdOptions, s: Structure, other: tuple[Stored, Stored]) 
     return (s.average(other[0]), s.average(other[1])) if o.adaptive else None
 
 
-def _move(
-    o: SingdOptions,
-    s: Structure,
-    root: Stored,
-    old: Stored,
-    h: Stored,
-    q: Stored,
-    weights: Any,
-    step: Step,
-) -> tuple[Stored, Stored]:
-    """The new root and its momentum."""
+def _tangent(
+    o: SingdOptions, s: Structure, h: Stored, q: Stored, weights: Any, step: Step
+) -> Stored:
+    """Whitened curvature plus damping minus the identity, projected."""
     lam = at_step(o.damping, step)
     if weights is not None:
         h, lam = scaled(weights[0], h), lam * weights[1].astype(lam.dtype)
-    tangent = s.subtract_identity(jax.tree.map(jnp.add, h, scaled(lam, q)))
-    alpha, share = jnp.asarray(o.riemannian_momentum), 0.5
-    if o.normalize_lr_cov != "none":
-        share = 0.5 * (1 - alpha)
-    m = scaled(share, tangent)
-    if old is not None:
-        m = jax.tree.map(jnp.add, scaled(alpha, old), m)
-    b = at_step(o.lr_cov, step)
-    if o.normalize_lr_cov != "none":
-        b = b / jnp.maximum(1, length(s, m, o.normalize_lr_cov)).astype(b.dtype)
-    return moved(s, root, m, b, o.second_order), m if old is not None else None
-
-
-def scaled(factor: Any, stored: Stored) -> Stored:
-    """A scalar times a structured matrix, in the dtype of the latter."""
-    return jax.tree.map(lambda x: jnp.asarray(factor).astype(x.dtype) * x, stored)
-
-
-def length(s: Structure, m: Stored, kind: str) -> jax.Array:
-    """What the factor step is divided by where it exceeds one."""
-    return s.frobenius(m) if kind == "frobenius" else s.max_entry(m)
-
-
-def moved(s: Structure, root: Stored, m: Stored, b: jax.Array, second_order: bool) -> Stored:
-    """``K (I - b m)``, or with the second term of the exponential ``K (I - b m + (b m)^2 / 2)``."""
-    change = s.matmul(root, m)
-    out = jax.tree.map(jnp.subtract, root, scaled(b, change))
-    if second_order:
-        out = jax.tree.map(jnp.add, out, scaled(b * b / 2, s.matmul(change, m)))
-    return out
+    return s.subtract_identity(jax.tree.map(jnp.add, h, scaled(lam, q)))

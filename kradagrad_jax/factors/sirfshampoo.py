@@ -5,15 +5,16 @@ Every axis n of length d_n > 1 has a factor K_n in a structure; the gradient is 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from kradagrad_jax.factors.kron import Factored
 from kradagrad_jax.factors.method import BlockMethod, Step
+from kradagrad_jax.factors.moving import Moves, dtype_of, move_roots, scaled, starting_momenta
 from kradagrad_jax.factors.numbers import at_step
-from kradagrad_jax.factors.singd import dtype_of, has_momentum, moved, scaled
 from kradagrad_jax.linalg import unfold
 from kradagrad_jax.linalg.structures import Stored, Structure
 
@@ -22,7 +23,7 @@ class SirfFactor(NamedTuple):
     """State of one tensor.
 
     Attributes:
-      roots: K_n of every axis longer than one, in its structure.
+      roots: K_n of every axis longer than one, in its structure; None for one without factor.
       momenta: likewise m_n; None (no memory) where there is no Riemannian momentum.
     """
 
@@ -34,7 +35,8 @@ class SirfOptions(NamedTuple):
     """Static choices and numbers; see :func:`scale_by_sirfshampoo`.
 
     ``structures``: dims -> one structure per axis; ``dtypes``: number of axes -> dtype or None per
-    axis; ``flatten``: treat the tensor as one long vector.
+    axis; ``flatten``: treat the tensor as one long vector. ``name``: of the structures, for the
+    name of the method.
     """
 
     structures: Callable[[tuple[int, ...]], tuple[Structure, ...]]
@@ -43,77 +45,90 @@ class SirfOptions(NamedTuple):
     damping: Any = 1e-3
     lr_cov: Any = 1e-2
     riemannian_momentum: Any = 0.5
+    name: str = ""
 
 
 def sirf_method(o: SirfOptions) -> BlockMethod:
     """The method for gradient blocks of any order; the statistic is ``sqrt(batch size) * G``.
 
-    Folding a statistic in IS the refresh: ``refresh`` does nothing.
+    Folding a statistic in IS the refresh: there is no other. An axis without factor is left alone,
+    as by K_n = I. The roots share their scale freely and are kept in balance.
     """
-    momentum = has_momentum(o.riemannian_momentum)
+    moves = Moves(o.lr_cov, o.riemannian_momentum, "frobenius", averaged=True)
 
     def dims_of(shape: tuple[int, ...]) -> tuple[int, ...]:
         if o.flatten:
             return (math.prod(shape),)
         return tuple(d for d in shape if d != 1) or (1,)
 
-    def init(shape: tuple[int, ...], dtype: Any) -> SirfFactor:
+    def kept(shape: tuple[int, ...], factored: Factored) -> tuple[bool, ...]:
+        """Per axis of :func:`dims_of`, whether it has a factor."""
+        has = (True,) * len(shape) if factored is None else tuple(factored)
+        if o.flatten:
+            return (all(has),)
+        return tuple(f for d, f in zip(shape, has, strict=True) if d != 1) or (any(has),)
+
+    def init(shape: tuple[int, ...], dtype: Any, factored: Factored = None) -> SirfFactor:
         dims = dims_of(shape)
-        structures, dtypes = o.structures(dims), o.dtypes(len(dims))
-        roots = tuple(
-            s.identity(d, own or dtype) for s, d, own in zip(structures, dims, dtypes, strict=True)
+        rows = zip(
+            o.structures(dims), dims, o.dtypes(len(dims)), kept(shape, factored), strict=True
         )
-        return SirfFactor(roots, jax.tree.map(jnp.zeros_like, roots) if momentum else None)
+        roots = tuple(s.identity(d, own or dtype) if has else None for s, d, own, has in rows)
+        momenta = starting_momenta(o.riemannian_momentum, roots)
+        return SirfFactor(roots, None if all(m is None for m in momenta) else momenta)
 
     def accumulate(factor: SirfFactor, statistic: jax.Array, step: Step) -> SirfFactor:
         y = statistic.reshape(dims_of(statistic.shape))
-        structures = o.structures(y.shape)
-        for n, (s, root) in enumerate(zip(structures, factor.roots, strict=True)):
-            y = _on_axis(s.apply_transposed, root, y, n)
+        structures, roots = o.structures(y.shape), factor.roots
+        y = _on_axes(structures, roots, y, "apply_transposed")
         # mean traces of K^T K
-        pairs = zip(structures, factor.roots, y.shape, strict=True)
-        traces = [s.frobenius(root) ** 2 / d for s, root, d in pairs]
-        roots, momenta = [], []
-        for n, (s, root) in enumerate(zip(structures, factor.roots, strict=True)):
-            lam = at_step(o.damping, step) * math.prod(traces[:n] + traces[n + 1 :])
-            m = _tangent(s, root, y, n, lam)
-            if factor.momenta is not None:
-                alpha = jnp.asarray(o.riemannian_momentum)
-                kept = scaled(alpha, factor.momenta[n])
-                m = jax.tree.map(jnp.add, kept, scaled(1 - alpha, m))
-            b = at_step(o.lr_cov, step)
-            b = b / jnp.maximum(1, s.frobenius(m)).astype(b.dtype)
-            roots.append(moved(s, root, m, b, second_order=False))
-            momenta.append(m)
-        return SirfFactor(tuple(roots), None if factor.momenta is None else tuple(momenta))
-
-    def refresh(factor: SirfFactor, step: Step) -> SirfFactor:
-        del step
-        return factor
+        traces = [
+            1.0 if root is None else s.frobenius(root) ** 2 / d
+            for s, root, d in zip(structures, roots, y.shape, strict=True)
+        ]
+        tangents = [
+            None
+            if root is None
+            else _tangent(
+                s, root, y, n, at_step(o.damping, step) * math.prod(traces[:n] + traces[n + 1 :])
+            )
+            for n, (s, root) in enumerate(zip(structures, roots, strict=True))
+        ]
+        momenta = factor.momenta or (None,) * len(roots)
+        roots, momenta = move_roots(moves, structures, roots, momenta, tangents, step)
+        return SirfFactor(roots, None if factor.momenta is None else momenta)
 
     def precondition(factor: SirfFactor, g: jax.Array, step: Step) -> jax.Array:
         del step
         z = g.reshape(dims_of(g.shape))
-        for n, (s, root) in enumerate(zip(o.structures(z.shape), factor.roots, strict=True)):
-            z = _on_axis(s.apply_square, root, z, n)
+        z = _on_axes(o.structures(z.shape), factor.roots, z, "apply_square")
         return z.reshape(g.shape).astype(g.dtype)
 
-    return BlockMethod(init, accumulate, refresh, precondition)
+    return BlockMethod(
+        init, accumulate, None, precondition, name=f"sirfshampoo({o.name})", partial=True
+    )
 
 
 def _tangent(s: Structure, root: Stored, y: jax.Array, n: int, lam: jax.Array) -> Stored:
-    """Half of whitened curvature plus damping minus the identity, projected.
+    """Whitened curvature plus damping minus the identity, projected.
 
     The weight d_n / D of the curvature is applied to y: the product then has the size of a mean.
     """
     d, dtype = y.shape[n], dtype_of(root)
     rows = unfold(y, n).astype(dtype) * jnp.asarray(math.sqrt(d / y.size), dtype)
-    h = jax.tree.map(jnp.add, s.project_gram(rows), scaled(lam, s.ktk(root)))
-    return scaled(0.5, s.subtract_identity(h))
+    return s.subtract_identity(
+        jax.tree.map(jnp.add, s.project_gram(rows), scaled(lam, s.ktk(root)))
+    )
 
 
-def _on_axis(product: Callable[..., jax.Array], root: Stored, x: jax.Array, n: int) -> jax.Array:
-    """A structured matrix times one axis of a tensor, in the dtype of the matrix."""
-    moved_axis = jnp.moveaxis(x, n, 0)
-    rows = moved_axis.reshape(x.shape[n], -1).astype(dtype_of(root))
-    return jnp.moveaxis(product(root, rows).reshape(moved_axis.shape), 0, n)
+def _on_axes(
+    structures: Sequence[Structure], roots: Sequence[Stored], x: jax.Array, product: str
+) -> jax.Array:
+    """A product with the root of every axis that has one, in the dtype of the root."""
+    for n, (s, root) in enumerate(zip(structures, roots, strict=True)):
+        if root is not None:
+            moved_axis = jnp.moveaxis(x, n, 0)
+            rows = moved_axis.reshape(x.shape[n], -1).astype(dtype_of(root))
+            out = getattr(s, product)(root, rows)
+            x = jnp.moveaxis(out.reshape(moved_axis.shape), 0, n)
+    return x

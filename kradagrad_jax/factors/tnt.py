@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kradagrad_jax.factors.kron import Factored, per_mode
 from kradagrad_jax.factors.method import BlockMethod, Rows, Step
 from kradagrad_jax.factors.modes import Groups, Merge, axis_groups
-from kradagrad_jax.factors.numbers import at_step
+from kradagrad_jax.factors.numbers import at_step, corrected_share
 from kradagrad_jax.linalg import (
-    cholesky_inverse,
+    damped_inverse,
     eigh,
     inverse_root,
     matmul,
@@ -33,22 +34,23 @@ Shape = tuple[int, ...]
 
 
 class TntFactor(NamedTuple):
-    """Factors of one block whose merged shape is ``(d_1, .., d_k)``.
+    """Factors of one block whose merged shape is ``(d_1, .., d_k)``; None for modes without factor.
+
+    Such a mode has ``U = c I``: no direction along it is told from another, and all else is as if
+    it had a factor.
 
     Attributes:
-      statistics: per mode Omega ``(d_i, d_i)``, averaged mode Gram of sampled gradients; its
-        diagonal ``(d_i,)`` for long modes; with square-root statistics the upper triangular R with
-        ``R^T R`` = Omega.
+      statistics: per mode Omega ``(d_i, d_i)``, averaged mode Gram of sampled gradients (the mean
+        over modes without factor); its diagonal ``(d_i,)`` for long modes; with square-root
+        statistics the upper triangular R with ``R^T R`` = Omega.
       preconditioners: per mode the damped inverse of U; with square-root statistics K with
         ``K K^T`` = inverse; for joint damping the eigenvectors of U. Vectors for diagonals.
       spectra: per mode the eigenvalues of U, for joint damping; else None.
-      weight: how many statistics the average stands for (0: none yet); scalar.
     """
 
-    statistics: tuple[jax.Array, ...]
-    preconditioners: tuple[jax.Array, ...]
-    spectra: tuple[jax.Array, ...] | None
-    weight: jax.Array
+    statistics: tuple[Any, ...]
+    preconditioners: tuple[Any, ...]
+    spectra: tuple[Any, ...] | None
 
 
 class TntOptions(NamedTuple):
@@ -73,40 +75,38 @@ def tnt_method(o: TntOptions) -> BlockMethod:
     def merging(shape: Shape) -> Merge:
         return Merge(axis_groups(o.grouping, shape), shape)
 
-    def init(shape: Shape, dtype: Any) -> TntFactor:
-        sizes = merging(shape).merged
-        diagonal = [o.max_dim is not None and n > o.max_dim for n in sizes]
-        eye = [
-            jnp.ones(n, dtype) if short else jnp.eye(n, dtype=dtype)
-            for n, short in zip(sizes, diagonal, strict=True)
-        ]
+    def init(shape: Shape, dtype: Any, factored: Factored = None) -> TntFactor:
+        view = merging(shape)
+        has = (True,) * len(shape) if factored is None else tuple(factored)
+        kept = [all(has[axis] for axis in group) for group in view.groups]
+
+        def start(n: int) -> jax.Array:
+            short = o.max_dim is not None and n > o.max_dim
+            return jnp.ones(n, dtype) if short else jnp.eye(n, dtype=dtype)
+
+        sizes = [n if use else None for n, use in zip(view.merged, kept, strict=True)]
+        eye = per_mode(lambda i, n: start(n), sizes)
         spectra = None
         if o.damping_rule == "joint":
-            spectra = tuple(jnp.ones(n, dtype) for n in sizes)
-        zeros = tuple(jnp.zeros_like(x) for x in eye)
-        return TntFactor(zeros, tuple(eye), spectra, jnp.zeros((), dtype))
+            spectra = per_mode(lambda i, n: jnp.ones(n, dtype), sizes)
+        return TntFactor(per_mode(lambda i, x: jnp.zeros_like(x), eye), eye, spectra)
 
     def accumulate(factor: TntFactor, statistic: Any, step: Step) -> TntFactor:
-        old, new, weight = _weights(o, factor.weight, step)
-        warm = (step.count == 1) & (factor.weight > 0)  # the pass before training counts instead
-        old, new = jnp.where(warm, 1, old), jnp.where(warm, 0, new)
-        columns = _columns(statistic, merging)
-        scale = new * jnp.asarray(o.fisher_scale).astype(new.dtype)
-        updated = tuple(
-            _fold(o.statistics, omega, x, mode, old, scale)
-            for (x, mode), omega in zip(columns, factor.statistics, strict=True)
-        )
-        updated = tuple(
-            jnp.where(warm, s, n) for s, n in zip(factor.statistics, updated, strict=True)
-        )
-        return factor._replace(statistics=updated, weight=jnp.where(warm, factor.weight, weight))
+        dtype = next(s.dtype for s in factor.statistics if s is not None)
+        old, new = _weights(o, step, dtype)
+        # the first update after the pass before training, which counts instead
+        warm = (step.count == 1) & (step.statistics > 1)
+        scale = new * jnp.asarray(o.fisher_scale).astype(dtype)
+
+        def one(mode: int, omega: jax.Array, column: tuple[jax.Array, int]) -> jax.Array:
+            return jnp.where(warm, omega, _fold(o.statistics, omega, *column, old, scale))
+
+        columns = _columns(statistic, merging, [s is None for s in factor.statistics])
+        return factor._replace(statistics=per_mode(one, factor.statistics, columns))
 
     def refresh(factor: TntFactor, step: Step) -> TntFactor:
-        new = _refreshed(o, factor, at_step(o.damping, step, factor.weight.dtype))
-        # a block that has seen nothing but zeros has no curvature to invert: P = I/eps would blow
-        # its first gradient up by eps^-k
-        seen = _trace(factor, o.statistics) > 0
-        return jax.tree.map(lambda n, old: n if n is old else jnp.where(seen, n, old), new, factor)
+        dtype = next(s.dtype for s in factor.statistics if s is not None)
+        return _refreshed(o, factor, at_step(o.damping, step, dtype))
 
     def precondition(factor: TntFactor, g: jax.Array, step: Step) -> jax.Array:
         view = merging(g.shape)
@@ -115,34 +115,41 @@ def tnt_method(o: TntOptions) -> BlockMethod:
             return direction
         return _bounded(direction, g, at_step(o.max_gain, step, g.dtype))
 
-    return BlockMethod(init, accumulate, refresh, precondition)
+    name = f"tnt({o.statistics}, {'joint' if o.damping_rule == 'joint' else 'inverse'})"
+    return BlockMethod(init, accumulate, refresh, precondition, name=name, partial=True)
 
 
-def _weights(
-    o: TntOptions, weight: jax.Array, step: Step
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Weights of the average and of the new statistic, and the new number of statistics."""
-    beta = jnp.asarray(o.beta2).astype(weight.dtype)
-    if o.averaging == "mean":  # the pass before training
-        return weight / (weight + 1), 1 / (weight + 1), weight + 1
-    if o.averaging == "corrected":
-        total = beta * weight + 1
-        return 1 - 1 / total, 1 / total, total
+def _weights(o: TntOptions, step: Step, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Weights of the average and of the new statistic."""
+    beta, first = jnp.asarray(o.beta2).astype(dtype), step.statistics == 1
+    if o.averaging in ("mean", "corrected"):  # the plain mean is that of the pass before training
+        share = corrected_share(1 if o.averaging == "mean" else beta, step.statistics, dtype)
+        return 1 - share, share
     share = 1 - beta
     if o.averaging == "official":  # their sum exceeds one: as published
-        share = jnp.maximum(1 / step.count.astype(beta.dtype), share)
-    first = weight == 0
-    return jnp.where(first, 0, beta), jnp.where(first, 1, share), jnp.maximum(weight, 1)
+        share = jnp.maximum(1 / step.count.astype(dtype), share)
+    return jnp.where(first, 0, beta), jnp.where(first, 1, share)
 
 
-def _columns(statistic: Any, merging: Callable[[Shape], Merge]) -> list[tuple[jax.Array, int]]:
-    """Per mode a tensor and the axis of it whose Gram is the new statistic."""
+def _columns(
+    statistic: Any, merging: Callable[[Shape], Merge], without: list[bool]
+) -> list[tuple[jax.Array, int]]:
+    """Per mode a tensor and the axis of it whose Gram is the new statistic.
+
+    ``without``: per mode, whether it has no factor; Grams are means over such modes.
+    """
     if isinstance(statistic, Rows):
         a, g = statistic  # sum over rows of contractions of a g^T: less noise than of their sum
         lengths = [jnp.sqrt(jnp.sum(x * x, axis=1, keepdims=True)) for x in (a, g)]
-        return [(a * lengths[1], 1), (g * lengths[0], 1)]
+        x, y, sizes = a * lengths[1], g * lengths[0], (a.shape[1], g.shape[1])
+        root = math.sqrt(math.prod(n for n, drop in zip(sizes, without, strict=True) if drop))
+        return [(x / root, 1), (y / root, 1)]
     view = merging(statistic.shape[1:])
-    x = view.merge(statistic) / jnp.sqrt(jnp.asarray(len(statistic), statistic.dtype))
+    x = view.merge(statistic)
+    count = len(statistic) * math.prod(
+        n for n, drop in zip(view.merged, without, strict=True) if drop
+    )
+    x = x / jnp.sqrt(jnp.asarray(count, statistic.dtype))
     return [(x, mode + 1) for mode in range(x.ndim - 1)]
 
 
@@ -159,36 +166,53 @@ def _fold(
 
 def _trace(factor: TntFactor, form: str) -> jax.Array:
     """The trace, which all modes have in common."""
-    omega = factor.statistics[0]
+    omega = next(s for s in factor.statistics if s is not None)
     if omega.ndim == 1:
         return jnp.sum(omega)
     return jnp.sum(omega * omega) if form == "square_root" else jnp.trace(omega)
 
 
-def _scales(trace: jax.Array, sizes: list[int]) -> tuple[list[jax.Array], jax.Array]:
-    """What makes U of Omega, per mode, and the common mean eigenvalue c of all U.
+def _scales(trace: jax.Array, sizes: list[int], order: int) -> tuple[list[jax.Array], jax.Array]:
+    """What makes U of Omega, per mode with a factor, and the common mean eigenvalue c of all U.
 
-    ``c = (T / p)^(1/k)`` in logarithms: p may exceed the range of float32.
+    ``c = (T / p)^(1/k)`` in logarithms: p may exceed the range of float32. k counts all modes.
     """
     log_t = jnp.log(jnp.where(trace > 0, trace, 1))
-    log_c = (log_t - sum(math.log(n) for n in sizes)) / len(sizes)
+    log_c = (log_t - sum(math.log(n) for n in sizes)) / order
     return [jnp.exp(log_c - log_t + math.log(n)) for n in sizes], jnp.exp(log_c)
 
 
 def _refreshed(o: TntOptions, factor: TntFactor, damping: jax.Array) -> TntFactor:
-    sizes = [len(omega) for omega in factor.statistics]
-    scales, c = _scales(_trace(factor, o.statistics), sizes)
+    order, omegas = len(factor.statistics), [s for s in factor.statistics if s is not None]
+    found, c = _scales(_trace(factor, o.statistics), [len(x) for x in omegas], order)
+    first, *others = found
+    missing = order - len(omegas)
     if o.damping_rule == "joint":
-        pairs = [_spectrum(omega * s) for omega, s in zip(factor.statistics, scales, strict=True)]
-        vectors = tuple(v for _, v in pairs)
-        return factor._replace(preconditioners=vectors, spectra=tuple(w for w, _ in pairs))
-    shift = damping ** (1 / len(sizes)) if o.damping_rule == "factored" else damping
-    shift = shift + jnp.asarray(o.relative_damping).astype(c.dtype) * c
-    return factor._replace(
-        preconditioners=tuple(
-            _inverse(o, omega, s, shift) for omega, s in zip(factor.statistics, scales, strict=True)
+        # eigenvalues c of modes without factor, at those of the first mode that has one
+        scales = _placed(factor.statistics, [first * c**missing, *others])
+        pairs = per_mode(lambda i, s, scale: _spectrum(s * scale), factor.statistics, scales)
+        return factor._replace(
+            preconditioners=per_mode(lambda i, pair: pair[1], pairs),
+            spectra=per_mode(lambda i, pair: pair[0], pairs),
         )
+    shift = damping ** (1 / order) if o.damping_rule == "factored" else damping
+    shift = shift + jnp.asarray(o.relative_damping).astype(c.dtype) * c
+    inverses = per_mode(
+        lambda i, s, scale: _inverse(o, s, scale, shift),
+        factor.statistics,
+        _placed(factor.statistics, found),
     )
+    if missing:  # their inverses 1 / (c + shift), likewise
+        rest = (c + shift) ** (-missing * (0.5 if o.statistics == "square_root" else 1.0))
+        lead = next(i for i, p in enumerate(inverses) if p is not None)
+        inverses = per_mode(lambda i, p: rest * p if i == lead else p, inverses)
+    return factor._replace(preconditioners=inverses)
+
+
+def _placed(modes: tuple[Any, ...], values: list[Any]) -> tuple[Any, ...]:
+    """The values at the modes that have a factor."""
+    rest = iter(values)
+    return per_mode(lambda i, _: next(rest), modes)
 
 
 def _spectrum(u: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -213,9 +237,9 @@ def _inverse(o: TntOptions, omega: jax.Array, scale: jax.Array, shift: jax.Array
     if o.inverse == "eigh":
         w, v = eigh(u)
         return symmetrize(matmul(v / (jnp.maximum(w, 0) + shift)[None, :], v.T))
-    damped = u + shift * eye
     if o.inverse == "cholesky":
-        return cholesky_inverse(damped)
+        return damped_inverse(u, shift)
+    damped = u + shift * eye
     if o.inverse == "newton":
         x, error = inverse_root(damped, 1, 0.0)
         return jnp.where(error < 0.1, x, jnp.nan)  # not converged: the engine keeps the old one
@@ -226,30 +250,32 @@ def _inverse(o: TntOptions, omega: jax.Array, scale: jax.Array, shift: jax.Array
 def _applied(o: TntOptions, factor: TntFactor, g: jax.Array, step: Step) -> jax.Array:
     """The merged gradient times the inverse in every mode."""
     p = factor.preconditioners
+    turned = per_mode(lambda i, m: m.T if m.ndim == 2 else m, p)
     if o.damping_rule == "joint":
         assert factor.spectra is not None
-        x = _multiply(g, [m.T if m.ndim == 2 else m for m in p])
+        x = _multiply(g, turned)
         x = _multiply(x / (_outer(factor.spectra) + at_step(o.damping, step, g.dtype)), p)
-        return jnp.where(factor.weight > 0, x, g)
+        return jnp.where(step.refreshes > 0, x, g)
     if o.statistics == "square_root":
-        g = _multiply(g, [m.T if m.ndim == 2 else m for m in p])
+        g = _multiply(g, turned)
     return _multiply(g, p)
 
 
 def _multiply(g: jax.Array, matrices: Any) -> jax.Array:
     """Multiplies every mode by its matrix, or by the vector that stands for a diagonal."""
-    out = multiply_modes(g, [m if m.ndim == 2 else None for m in matrices])
+    out = multiply_modes(g, [None if m is None or m.ndim == 1 else m for m in matrices])
     for mode, m in enumerate(matrices):
-        if m.ndim == 1:
+        if m is not None and m.ndim == 1:
             out = out * jnp.expand_dims(m, [a for a in range(g.ndim) if a != mode])
     return out
 
 
-def _outer(vectors: tuple[jax.Array, ...]) -> jax.Array:
+def _outer(vectors: tuple[Any, ...]) -> jax.Array:
     k = len(vectors)
-    out = jnp.ones((1,) * k, vectors[0].dtype)
+    out = jnp.ones((1,) * k, next(v.dtype for v in vectors if v is not None))
     for mode, v in enumerate(vectors):
-        out = out * v.reshape([-1 if axis == mode else 1 for axis in range(k)])
+        if v is not None:
+            out = out * v.reshape([-1 if axis == mode else 1 for axis in range(k)])
     return out
 
 

@@ -5,8 +5,8 @@ Nothing here knows of optimizers or parameters. Every function takes ONE matrix 
 """
 
 from kradagrad_jax.linalg.arrays import inverse_update as inverse_update
-from kradagrad_jax.linalg.arrays import sr_init as sr_init
 from kradagrad_jax.linalg.arrays import sr_update as sr_update
+from kradagrad_jax.linalg.branches import when as when
 from kradagrad_jax.linalg.lapack import cholesky as cholesky
 from kradagrad_jax.linalg.lapack import eigh as eigh
 from kradagrad_jax.linalg.lapack import qr as qr
@@ -21,14 +21,13 @@ from kradagrad_jax.linalg.lowrank import randomized_svd as randomized_svd
 from kradagrad_jax.linalg.lowrank import symmetric_sketch as symmetric_sketch
 from kradagrad_jax.linalg.newton import checked_positive_root as checked_positive_root
 from kradagrad_jax.linalg.newton import inverse_root as inverse_root
-from kradagrad_jax.linalg.newton import newton_schulz_sqrt as newton_schulz_sqrt
-from kradagrad_jax.linalg.newton import positive_root as positive_root
 from kradagrad_jax.linalg.products import matmul as matmul
 from kradagrad_jax.linalg.products import mode_gram as mode_gram
 from kradagrad_jax.linalg.products import multiply_modes as multiply_modes
 from kradagrad_jax.linalg.products import symmetrize as symmetrize
 from kradagrad_jax.linalg.products import unfold as unfold
 from kradagrad_jax.linalg.roots import cholesky_inverse as cholesky_inverse
+from kradagrad_jax.linalg.roots import damped_inverse as damped_inverse
 from kradagrad_jax.linalg.roots import left_power as left_power
 from kradagrad_jax.linalg.roots import powered_spectrum as powered_spectrum
 from kradagrad_jax.linalg.roots import svd_power as svd_power

@@ -7,15 +7,10 @@ condition number, so float32 keeps what Gram matrices need float64 for.
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from kradagrad_jax.linalg.lapack import qr_r, triangular_inverse
 from kradagrad_jax.linalg.products import matmul
-
-
-def sr_init(n: int, eps: ArrayLike, dtype: DTypeLike) -> jax.Array:
-    """Return the factor (n, n) of the statistic `eps * I`; `eps` nonnegative, may be traced."""
-    return jnp.sqrt(jnp.asarray(eps).astype(dtype)) * jnp.eye(n, dtype=dtype)
 
 
 def sr_update(

@@ -33,26 +33,18 @@ def inverse_root(
     damping: ArrayLike = 1e-6,
     iterations: ArrayLike = 100,
     tolerance: ArrayLike = 1e-6,
-    guess: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return `(a + damping * lambda_max * I) ** (-1 / p)` by the coupled Newton iteration.
 
     Cost: 7, 10, 12 steps of 4 products for p = 4 and condition number 1e2, 1e4, 1e6 (8, 13, 16
-    steps of 3 products for p = 2); 1 or 2 steps and 6 more products from a good guess.
-
-    The iteration is exact only from starts that commute with `a`. From a guess, the part of its
-    error between eigenvectors of far eigenvalues stays, or grows like a power of their ratio. So
-    the result of a guess is accepted only if its residual, computed afresh, is below
-    `sqrt(tolerance)` (with the default, after a change of 1% at condition number 1e2 or of 0.1%
-    at 1e4); else the iteration starts again without it. A bad guess costs time only.
+    steps of 3 products for p = 2).
 
     Args:
       a: (n, n) symmetric positive semidefinite, float32 or float64.
-      p: positive root order, a Python int; even if there is a guess.
+      p: positive root order, a Python int.
       damping: multiple of the largest eigenvalue added to the diagonal, may be traced.
       iterations: most steps, may be traced.
       tolerance: stop when the error is below this, may be traced.
-      guess: (n, n) positive definite approximate result, or None.
 
     Returns:
       `(x, error)`: the symmetric root (n, n) and max |x^p a - I| as the iteration sees it, a
@@ -60,31 +52,12 @@ def inverse_root(
       matrix has the root zero with error zero, as in `symmetric_power`.
 
     Raises:
-      ValueError: p < 1, or an odd p with a guess, or `a` is not one square matrix.
+      ValueError: p < 1, or `a` is not one square matrix.
       TypeError: `a` is not float32 or float64.
     """
     _check(a, p)
-    if guess is not None and p % 2:
-        raise ValueError(f"a guess needs an even p, got p={p}")
     damping, tolerance = (jnp.asarray(x).astype(a.dtype) for x in (damping, tolerance))
-    guesses = () if guess is None else (guess,)
-    return _inverse_root(a, damping, tolerance, jnp.int32(iterations), guesses, p)
-
-
-def positive_root(
-    a: jax.Array,
-    p: int,
-    damping: ArrayLike = 1e-6,
-    iterations: ArrayLike = 100,
-    tolerance: ArrayLike = 1e-6,
-    guess: jax.Array | None = None,
-) -> jax.Array:
-    """Return `(a + damping * lambda_max * I) ** (1 / p)` as `a_damped @ x ** (p - 1)`.
-
-    Arguments and errors are those of `inverse_root`, which gives `x`; a guess is one of the
-    INVERSE root (arXiv 2305.19416, supplement C.3). Returns the symmetric root (n, n) alone.
-    """
-    return checked_positive_root(a, p, damping, iterations, tolerance, guess)[0]
+    return _inverse_root(a, damping, tolerance, jnp.int32(iterations), p)
 
 
 def checked_positive_root(
@@ -93,52 +66,18 @@ def checked_positive_root(
     damping: ArrayLike = 1e-6,
     iterations: ArrayLike = 100,
     tolerance: ArrayLike = 1e-6,
-    guess: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return `positive_root` and the error of `inverse_root`: from 0.1 on, or NaN, it failed."""
-    x, error = inverse_root(a, p, damping, iterations, tolerance, guess)
+    """Return `(a + damping * lambda_max * I) ** (1 / p)` and the error of `inverse_root`.
+
+    The root is `a_damped @ x ** (p - 1)` with the inverse root `x` (arXiv 2305.19416, supplement
+    C.3). Arguments and errors are those of `inverse_root`; from an error of 0.1 on, or NaN, it
+    failed.
+    """
+    x, error = inverse_root(a, p, damping, iterations, tolerance)
     damping = jnp.asarray(damping).astype(a.dtype)
     ridge = damping * _largest_eigenvalue(a)
     damped = symmetrize(a) + ridge * jnp.eye(a.shape[0], dtype=a.dtype)
     return symmetrize(matmul(damped, _matrix_power(x, p - 1))), error
-
-
-def newton_schulz_sqrt(a: jax.Array, iterations: int = 25) -> jax.Array:
-    """Return the square root of `a` by the Newton-Schulz iteration (three products a step).
-
-    Converges for condition numbers below about 1e6 in float32; beyond, the iterate before the
-    error grows is returned. All steps are always paid, and it differentiates in both modes.
-
-    Args:
-      a: (n, n) symmetric positive semidefinite, float32 or float64.
-      iterations: number of steps, a Python int.
-
-    Returns:
-      (n, n), symmetric, of the dtype of `a`; zero for a zero matrix.
-
-    Raises:
-      TypeError, ValueError: as `inverse_root`.
-    """
-    _check(a, 2)
-    a = symmetrize(a)
-    scale = _nonzero(jnp.max(jnp.abs(jax.lax.stop_gradient(a))))
-    a = a / scale
-    norm = jnp.sqrt(_nonzero(jnp.sum(a * a)))
-    eye = jnp.eye(a.shape[0], dtype=a.dtype)
-
-    def step(_, state):
-        y, z, error = state
-        product = matmul(z, y)
-        new_error = jnp.max(jnp.abs(product - eye))
-        keep = ~(new_error <= _GROWTH * error)
-        x = 1.5 * eye - 0.5 * product
-        new = (symmetrize(matmul(y, x)), symmetrize(matmul(x, z)), new_error)
-        frozen = (y, z, jnp.full_like(error, -1.0))
-        return jax.tree.map(lambda old, fresh: jnp.where(keep, old, fresh), frozen, new)
-
-    start = (a / norm, _alike(eye, norm), _alike(jnp.full_like(norm, jnp.inf), norm))
-    y, _, _ = jax.lax.fori_loop(0, iterations, step, start)
-    return y * jnp.sqrt(norm) * jnp.sqrt(scale)
 
 
 class _Iterate(NamedTuple):
@@ -225,19 +164,6 @@ def _cold(a: jax.Array, ridge: jax.Array, p: int) -> _Iterate:
     return _Iterate(x, m, error, low, _alike(jnp.int32(0), error), _alike(jnp.bool_(True), error))
 
 
-def _warm(a: jax.Array, guess: jax.Array, p: int) -> _Iterate:
-    """Start at the guess; active only where the plain iteration converges from it."""
-    x = symmetrize(guess)
-    half = _matrix_power(x, p // 2)
-    m = symmetrize(matmul(half, matmul(a, half)))
-    error = _distance(m)
-    # Even powers hide signs: a positive diagonal is what can be asked for cheaply.
-    active = (error < _LOCAL) & (jnp.min(jnp.diagonal(x)) > 0.0)
-    return _Iterate(
-        x, m, error, _alike(jnp.ones_like(error), error), _alike(jnp.int32(0), error), active
-    )
-
-
 def _step(state: _Iterate, p: int, iterations: jax.Array, tolerance: jax.Array) -> _Iterate:
     scaled = state.error >= _LOCAL
     low = jnp.minimum(state.low, 0.9)
@@ -265,29 +191,16 @@ def _iterate(state: _Iterate, p: int, iterations: jax.Array, tolerance: jax.Arra
     return jax.lax.while_loop(lambda state: state.active, step, state)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(5,))
-def _inverse_root(a, damping, tolerance, iterations, guesses, p):
+@partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _inverse_root(a, damping, tolerance, iterations, p):
     unit = _nonzero(jnp.max(jnp.abs(a)))  # so that no product over- or underflows
     zero = jnp.max(jnp.abs(a)) == 0.0
     a = symmetrize(a) / unit
     ridge = damping * _largest_eigenvalue(a)
     a = a + ridge * jnp.eye(a.shape[0], dtype=a.dtype)
-    cold = _cold(a, ridge, p)
-    if guesses:
-        start = _warm(a, guesses[0] * unit ** (1.0 / p), p)
-        warm = _iterate(start, p, iterations, tolerance)
-        # The guess need not commute with a, so that warm.error is not the residual.
-        half = _matrix_power(warm.x, p // 2)
-        error = _distance(matmul(half, matmul(a, half)))
-        trusted = start.active & (error <= jnp.sqrt(tolerance))
-        cold = _iterate(cold._replace(active=~trusted), p, iterations, tolerance)
-        x = jnp.where(trusted, warm.x, cold.x)
-        error = jnp.where(trusted, error, cold.error)
-    else:
-        cold = _iterate(cold, p, iterations, tolerance)
-        x, error = cold.x, cold.error
-    x = jnp.where(zero, 0.0, x * unit ** (-1.0 / p))
-    return x, jnp.where(zero, 0.0, error)
+    end = _iterate(_cold(a, ridge, p), p, iterations, tolerance)
+    x = jnp.where(zero, 0.0, end.x * unit ** (-1.0 / p))
+    return x, jnp.where(zero, 0.0, end.error)
 
 
 @_inverse_root.defjvp

@@ -144,6 +144,35 @@ def cholesky_inverse(a: jax.Array) -> jax.Array:
     return symmetrize(matmul(half.T, half))
 
 
+def damped_inverse(a: jax.Array, shift: ArrayLike) -> jax.Array:
+    """Return `(a + shift I)^-1` by a Cholesky factorisation that does not fail.
+
+    A shift below `n eps lambda_max` cannot be told from rounding errors of `a` and is replaced by
+    it; for lambda_max stands an upper bound that is close where the spectrum is flat or where one
+    eigenvalue dominates.
+
+    Args:
+      a: (n, n) symmetric positive semidefinite, float32 or float64.
+      shift: nonnegative scalar, may be traced.
+
+    Returns:
+      (n, n), exactly symmetric, of the dtype of `a`.
+
+    Raises:
+      TypeError, ValueError: as `lapack.cholesky`.
+    """
+    n = a.shape[0]
+    mean = jnp.trace(a) / n
+    unit = jnp.where(mean > 0, mean, 1)  # squares stay in range
+    spread = jnp.sum(jnp.square(a / unit)) - n * jnp.square(mean / unit)
+    top = jnp.minimum(
+        mean + unit * jnp.sqrt(jnp.maximum(spread, 0)), jnp.max(jnp.sum(jnp.abs(a), axis=1))
+    )
+    floor = n * jnp.finfo(a.dtype).eps * jax.lax.stop_gradient(top)
+    shift = jnp.maximum(jnp.asarray(shift).astype(a.dtype), floor)
+    return cholesky_inverse(a + shift * jnp.eye(n, dtype=a.dtype))
+
+
 def left_power(
     k: jax.Array, exponent: ArrayLike, floor: ArrayLike = 0.0, damping: ArrayLike = 0.0
 ) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 import kradagrad_jax as kj
 from kradagrad_jax.factors import KradOptions, gram_method, star_method
-from kradagrad_jax.linalg import inverse_root, positive_root
+from kradagrad_jax.linalg import checked_positive_root, inverse_root
 
 STAR_RIDGE = 1e-6  # of the official iterative roots of KrADagrad*, relative
 
@@ -82,6 +82,6 @@ def _iterative(
             continue
         ridged = s + relative * jnp.max(jnp.linalg.eigvalsh(s)) * eye
         statistics.append(ridged)
-        root = inverse_root(ridged, p, 0.0)[0] if inverse else positive_root(ridged, p, 0.0)
+        root = (inverse_root if inverse else checked_positive_root)(ridged, p, 0.0)[0]
         roots.append(root)
     return factor._replace(statistics=tuple(statistics), preconditioners=tuple(roots))

@@ -72,14 +72,6 @@ class Structure(abc.ABC):
     def subtract_identity(self, k: Stored) -> Stored:
         """K - I, from the stored diagonal alone."""
 
-    def apply_right(self, k: Stored, x: jax.Array) -> jax.Array:
-        """X K for X: (n, d)."""
-        return self.apply_transposed(k, x.T).T
-
-    def apply_right_transposed(self, k: Stored, x: jax.Array) -> jax.Array:
-        """X K^T for X: (n, d)."""
-        return self.apply(k, x.T).T
-
     def apply_square(self, k: Stored, x: jax.Array) -> jax.Array:
         """K K^T X for X: (d, n)."""
         return self.apply(k, self.apply_transposed(k, x))
