@@ -80,10 +80,11 @@ def _step(variant: Variant, k: jax.Array) -> Step:
 
 def _advance(variant: Variant, factor: LowRankFactor, rows: Rows, k: jax.Array) -> LowRankFactor:
     method = low_rank_method(variant.options)
-    step = _step(variant, k)
+    refresh, step = method.refresh, _step(variant, k)
+    assert refresh is not None
     factor = method.accumulate(factor, rows, step)
     due = k % variant.refresh_every == 0
-    return jax.lax.cond(due, lambda: method.refresh(factor, step), lambda: factor)
+    return jax.lax.cond(due, lambda: refresh(factor, step), lambda: factor)
 
 
 def _errors(
