@@ -8,7 +8,14 @@ import jax.numpy as jnp
 
 from kradagrad_jax.factors import krad
 from kradagrad_jax.factors.exponents import exponents, shared_out, with_factor
-from kradagrad_jax.factors.kron import Factored, apply_dense, init_kron, on_modes, per_mode
+from kradagrad_jax.factors.kron import (
+    Factored,
+    apply_dense,
+    init_kron,
+    on_modes,
+    per_mode,
+    roots_of,
+)
 from kradagrad_jax.factors.method import BlockMethod, Step
 from kradagrad_jax.factors.numbers import is_number
 from kradagrad_jax.factors.roots import Root, make_root
@@ -75,11 +82,11 @@ def star_method(o: KradOptions) -> BlockMethod:
             factor = factor._replace(pending=per_mode(lambda i, x: 0 * x, factor.statistics))
         e = shared_out(factor.statistics, o.exponent)
         return factor._replace(
-            preconditioners=per_mode(
-                lambda i, x, p, e: how.compute(x, p, e, first),
+            preconditioners=roots_of(
+                lambda e, x, p: how.compute(x, p, e, first),
+                e,
                 factor.statistics,
                 factor.preconditioners,
-                e,
             )
         )
 
