@@ -267,6 +267,13 @@ def test_decay_is_that_of_the_inverse():
         np.testing.assert_allclose(k @ k.T, np.linalg.inv(total), rtol=1e-10, atol=1e-14)
 
 
+def test_fast_decay_needs_the_exact_form():
+    star_method(krad(form="exact", beta2=0.3))
+    for method in (star_method, alternating_method):
+        with pytest.raises(ValueError, match="below 1/2"):
+            method(krad(beta2=0.3))
+
+
 def test_statistics_without_decay_keep_no_start():
     assert star_method(krad()).init(SHAPE, jnp.float32).starts is None
     assert star_method(krad(beta2=0.9)).init(SHAPE, jnp.float32).starts is not None
