@@ -230,7 +230,12 @@ def _update_one(
 
 
 def _root_of(o: KradOptions) -> Root:
-    """How statistics become preconditioners."""
+    """How statistics become preconditioners; checks what does not go together."""
+    if o.form != "exact" and isinstance(o.beta2, (int, float)) and o.beta2 < 0.5:
+        raise ValueError(
+            f"beta2={o.beta2} is below 1/2, where form={o.form!r} no longer keeps L between 0 and "
+            "its start: use form='exact'"
+        )
     if o.form in ("factored", "exact"):
         if o.root != "eigh":
             raise ValueError(
