@@ -37,6 +37,11 @@ class Share(NamedTuple):
     single: frozenset[str]
     axes: tuple[str, ...]
 
+    def number_of(self, flags: dict[str, jax.Array]) -> jax.Array:
+        """How many blocks of all devices have a flag, int32."""
+        counts = {key: jnp.sum(x).astype(jnp.int32) for key, x in flags.items()}
+        return self.total(counts, jnp.zeros((), jnp.int32))
+
     def total(self, parts: dict[str, jax.Array], zero: jax.Array) -> jax.Array:
         """Sum of what the buckets of all devices contribute."""
         same = sum((x for key, x in parts.items() if key in self.single), start=zero)
@@ -44,48 +49,46 @@ class Share(NamedTuple):
         return same + (jax.lax.psum(own, self.axes) if self.axes else own)
 
     def by_owner(self, values: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Per row of each bucket the sum of the values of all rows of its owner."""
-        dtypes = [x.dtype for x in values.values()]
-        wide = max(dtypes, key=lambda d: jnp.finfo(d).bits) if dtypes else jnp.float32
-        zero = jnp.zeros(self.number, wide)
+        """Per row of each bucket the sum of the values ``(size, k)`` of all rows of its owner."""
+        if not values:
+            return {}
+        wide = max((x.dtype for x in values.values()), key=lambda d: jnp.finfo(d).bits)
+        zero = jnp.zeros((self.number, next(iter(values.values())).shape[1]), wide)
         sums = {key: zero.at[self.owners[key]].add(x.astype(wide)) for key, x in values.items()}
         joint = self.total(sums, zero)
         return {key: joint[self.owners[key]] for key in values}
 
 
 def on_shares(
-    s: Static, work: Callable[..., tuple[Any, dict[str, jax.Array]]], now: Now, *stacks: Trees
+    s: Static, work: Callable[..., tuple[Any, jax.Array]], now: Now, *stacks: Trees
 ) -> tuple[Any, jax.Array]:
     """Runs ``work`` on every device's share of the stacks.
 
     Args:
       s: the static part of the update.
-      work: ``(share, now, *stacks) -> (trees by bucket, counts by bucket)``; counts are int32.
+      work: ``(share, now, *stacks) -> (trees by bucket, counted)``, a scalar that is the same on
+        all devices.
       now: scalars, the same on all devices.
       *stacks: by bucket, filled up and divided.
 
     Returns:
-      The trees, and the sum of the counts over all blocks.
+      The trees, and what was counted.
 
     Raises:
       ValueError: ``work`` uses traced arrays on Explicit axes other than its arguments.
     """
     owners, number = s.owners()
-    zero = jnp.zeros((), jnp.int32)
     rows = {key: jnp.asarray(x) for key, x in owners.items()}
     single = frozenset(b.key for b in s.plan.buckets if b.size == 1)
     if s.split is None:
-        share = Share(rows, number, single, ())
-        out, counts = work(share, now, *stacks)
-        return out, share.total(counts, zero)
+        return work(Share(rows, number, single, ()), now, *stacks)
     split = s.split
     traced = {k: v for k, v in now._asdict().items() if isinstance(v, jax.Array)}
     specs = {key: PartitionSpec() if key in single else split.parts for key in owners}
 
     def run(traced: dict[str, jax.Array], rows: Trees, *stacks: Trees) -> tuple[Any, jax.Array]:
         share = Share(rows, number, single, split.axes)
-        out, counts = work(share, now._replace(**traced), *stacks)
-        return out, share.total(counts, zero)
+        return work(share, now._replace(**traced), *stacks)
 
     given = tuple({key: specs[key] for key in tree} for tree in (rows, *stacks))
     try:
@@ -195,13 +198,13 @@ def on_all(
 
     Args:
       s: the static part of the update.
-      use: ``(share, now, kept, blocks) -> ({bucket: (kept, directions)}, counts)``.
+      use: ``(share, now, kept, blocks) -> ({bucket: (kept, directions)}, counted)``.
       now: scalars.
       kept: what is kept, divided.
       blocks: gradients of all blocks.
 
     Returns:
-      What is kept, where it belongs; directions; the sum of the counts.
+      What is kept, where it belongs; directions; what was counted.
     """
     assert s.split is not None
     parts: dict[tuple[str, int], jax.Array] = {}
@@ -223,13 +226,12 @@ def on_all(
     owners, number = s.owners()
     rows = {b.key: jnp.asarray(owners[b.key][: b.size]) for b in s.plan.buckets}
     share = Share(rows, number, frozenset(rows), ())
-    out, counts = use(share, now, given, blocks)
+    out, counted = use(share, now, given, blocks)
     kept = {key: treedef.unflatten(leaves) for key, (leaves, treedef) in flat.items()}
     for b in s.plan.buckets:
         mu, nu = (_filled(x, s.length(b)) for x in (out[b.key][0].mu, out[b.key][0].nu))
         kept[b.key] = kept[b.key]._replace(mu=mu, nu=nu)
-    total = share.total(counts, jnp.zeros((), jnp.int32))
-    return kept, {key: x[1] for key, x in out.items()}, total
+    return kept, {key: x[1] for key, x in out.items()}, counted
 
 
 def _filled(x: Any, size: int) -> Any:
