@@ -37,7 +37,7 @@ def best(function, *arguments, repeats: int) -> float:
 
 def measure(d: int, rank: int, batch: int, power: int, repeats: int) -> dict[str, float]:
     """Milliseconds by method, for the two factors of a layer (d, d)."""
-    step = Step(jnp.int32(1), jnp.int32(1), 1, jnp.asarray(True))
+    step = Step(jnp.int32(1), 1, jnp.int32(1), jnp.int32(0))
     key = jax.random.key(d)
     a, g = (jax.random.normal(jax.random.fold_in(key, i), (batch, d)) for i in (0, 1))
     rows = Rows(a / math.sqrt(batch), g / math.sqrt(batch))

@@ -48,7 +48,7 @@ def programs(name: str, d: int, n: int) -> tuple[dict, int]:
             normalize_lr_cov="frobenius",
         )
     )
-    step = Step(jnp.int32(1), jnp.int32(1), 1, jnp.asarray(True))
+    step = Step(jnp.int32(1), 1, jnp.int32(1), jnp.int32(0))
     keys = jax.random.split(jax.random.key(d), 3)
     rows = Rows(*(jax.random.normal(k, (n, d)) / n**0.5 for k in keys[:2]))
     gradient = jax.random.normal(keys[2], (d, d))

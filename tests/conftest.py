@@ -21,12 +21,12 @@ flags.compile_quickly()
 # The inner floors, where annotations are the contract. The public face has messages of its own for
 # arguments of a wrong type, and tests of them.
 CHECKED = [
-    *(f"kradagrad_jax.linalg.{name}" for name in ("arrays", "lapack", "newton", "products")),
-    "kradagrad_jax.linalg.tracking",
-    *(f"kradagrad_jax.factors.{name}" for name in ("gram", "krad", "kron", "roots")),
+    *(f"kradagrad_jax.linalg.{name}" for name in ("arrays", "branches", "lapack", "newton")),
+    *(f"kradagrad_jax.linalg.{name}" for name in ("products", "tracking")),
+    *(f"kradagrad_jax.factors.{name}" for name in ("exponents", "gram", "krad", "kradagrad")),
     *(
         f"kradagrad_jax.factors.{name}"
-        for name in ("kfac", "lowrank", "singd", "sirfshampoo", "tnt")
+        for name in ("kfac", "kron", "lowrank", "moving", "roots", "singd", "sirfshampoo", "tnt")
     ),
     *(f"kradagrad_jax.engine.{name}" for name in ("buckets", "layers", "packing", "report")),
     *(f"kradagrad_jax.engine.{name}" for name in ("stacks", "step", "timing", "trees")),

@@ -72,18 +72,25 @@ def _compare(exact: tuple[jax.Array, jax.Array, jax.Array], ours: tuple[Any, ...
     return jnp.stack([*relative, 1 - cosine])
 
 
+def _step(variant: Variant, k: jax.Array) -> Step:
+    """Step k from 0, with a statistic at every step and all refreshes before it."""
+    every = variant.refresh_every
+    return Step(k + 1, every, k + 1, (k + every - 1) // every)
+
+
 def _advance(variant: Variant, factor: LowRankFactor, rows: Rows, k: jax.Array) -> LowRankFactor:
     method = low_rank_method(variant.options)
-    step = Step(k + 1, k + 1, variant.refresh_every, k == 0)
+    refresh, step = method.refresh, _step(variant, k)
+    assert refresh is not None
     factor = method.accumulate(factor, rows, step)
     due = k % variant.refresh_every == 0
-    return jax.lax.cond(due, lambda: method.refresh(factor, step), lambda: factor)
+    return jax.lax.cond(due, lambda: refresh(factor, step), lambda: factor)
 
 
 def _errors(
     variant: Variant, factor: LowRankFactor, exact: Any, gradient: jax.Array, k: jax.Array
 ) -> jax.Array:
-    step = Step(k + 1, k + 1, variant.refresh_every, k == 0)
+    step = _step(variant, k)
     eye = [jnp.eye(n, dtype=gradient.dtype) for n in gradient.shape]
     a, g = (solve_side(variant.options, side, e, step) for side, e in zip(factor, eye, strict=True))
     return _compare(exact, (a, g, matmul(matmul(a, gradient), g)))

@@ -69,7 +69,7 @@ def inverse_error(
     statistic = Grams(jnp.asarray(u, jnp.float32), jnp.asarray(u, jnp.float32))
 
     def body(k: jax.Array, factor: Any) -> Any:
-        step = Step(k + 1, k + 1, 1, k == 0)
+        step = Step(k + 1, 1, k + 1, k)
         factor = method.accumulate(factor, statistic, step)
         return factor if half else _over(rounding, factor, jax.random.fold_in(jax.random.key(0), k))
 

@@ -89,8 +89,9 @@ def move_roots(
 def balanced(structures: Sequence[Structure], roots: Sequence[Stored]) -> tuple[Stored, ...]:
     """The roots, times powers of two whose product is one, so that their sizes are about equal.
 
-    Sizes of two roots agree within a factor of 2, of k roots within 2^(k/2). Powers of two round
-    nothing in any dtype: the Kronecker product is the same to the last bit, and so is what follows.
+    Two roots whose sizes differ by a factor of 8 or more are brought within a factor of 2, k roots
+    within 2^(k/2); nearer ones stay as they are. Powers of two round nothing in any dtype: the
+    Kronecker product is the same to the last bit, and so is what follows.
     Momenta are tangents and do not change.
     """
     live = [i for i, root in enumerate(roots) if root is not None]
@@ -102,11 +103,11 @@ def balanced(structures: Sequence[Structure], roots: Sequence[Stored]) -> tuple[
     shifts = jnp.round(jnp.mean(logs) - logs).astype(jnp.int32)
     # the one that is furthest off takes what rounding left
     last = jnp.argmax(jnp.abs(shifts))
-    shifts = shifts.at[last].add(-jnp.sum(shifts))
+    shifts = shifts.at[last].add(-jnp.sum(shifts, dtype=jnp.int32))
+    shifts = jnp.where(jnp.max(jnp.abs(shifts)) > 1, shifts, 0)
     out = list(roots)
-    for i, shift in zip(live, shifts, strict=True):
-        power = jnp.ldexp(jnp.ones((), sizes.dtype), shift)
-        out[i] = scaled(power, roots[i])
+    for place, i in enumerate(live):
+        out[i] = scaled(jnp.ldexp(jnp.ones((), sizes.dtype), shifts[place]), roots[i])
     return tuple(out)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 
 
 def when(pred: jax.Array, function: Callable[..., Any], old: Any, *operands: Any) -> Any:
@@ -26,7 +27,7 @@ def when(pred: jax.Array, function: Callable[..., Any], old: Any, *operands: Any
     closed, shape = jax.make_jaxpr(function, return_shape=True)(old, *operands)
     leaves = jax.tree.leaves((old, *operands))
     # what the function closes over becomes an argument: derivatives see all of them
-    run = partial(jax.core.eval_jaxpr, closed.jaxpr)
+    run = partial(eval_jaxpr, closed.jaxpr)
     kept = jax.tree.leaves(old)
     if jax.tree.structure(shape) != jax.tree.structure(old):
         raise TypeError(f"the branch gives {shape}, unlike the old value")

@@ -13,7 +13,8 @@ RNG = np.random.default_rng(0)
 
 
 def step(count=1):
-    return Step(*(jnp.asarray(count, jnp.int32),) * 2, 1, jnp.asarray(False))
+    """Statistics so far; all refreshes but the one under way."""
+    return Step(jnp.asarray(count, jnp.int32), 1, *(jnp.asarray(count, jnp.int32),) * 2)
 
 
 def rows(n=40, d_in=5, d_out=4, seed=0):

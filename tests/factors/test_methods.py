@@ -15,11 +15,17 @@ def drive(method, grads, refresh_at=None):
     factor = method.init(grads[0].shape, grads[0].dtype)
     accumulate, refresh = jax.jit(method.accumulate), jax.jit(method.refresh)
     for t, g in enumerate(grads, 1):
-        step = kj.Step(*(jnp.asarray(t, jnp.int32),) * 2, 1, jnp.asarray(False))
+        step = step_at(t)
         factor = accumulate(factor, g, step)
         if refresh_at is None or t in refresh_at:
             factor = refresh(factor, step)
     return factor
+
+
+def step_at(t, refreshes=None):
+    """Step t of a block that takes a statistic and is refreshed at every step."""
+    count = jnp.asarray(t, jnp.int32)
+    return kj.Step(count, 1, count, count - 1 if refreshes is None else jnp.asarray(refreshes))
 
 
 def gradients(n, shape=(5, 4), seed=0):
@@ -87,11 +93,10 @@ def test_other_roots_agree_with_eigh(root):
         factor = method.init(grads[0].shape, grads[0].dtype)
         accumulate, refresh = jax.jit(method.accumulate), jax.jit(method.refresh)
         for t, g in enumerate(grads, 1):
-            step = kj.Step(jnp.asarray(t), jnp.asarray(t), 1, jnp.asarray(t == 1))
+            step = step_at(t)
             factor = accumulate(factor, g, step)
             for repeat in range(6 if root == "tracked" else 1):
-                later = step._replace(first_refresh=step.first_refresh & (repeat == 0))
-                factor = refresh(factor, later)
+                factor = refresh(factor, step_at(t, t - 1 + repeat))
         g = grads[-1]
         a, b = reference, factor
         u, v = (m.precondition(f, g, step) for m, f in (
@@ -103,8 +108,8 @@ def test_other_roots_agree_with_eigh(root):
 def test_a_newton_root_that_fails_leaves_the_last_one(exponent):
     """Rounding can make an inverse statistic indefinite; the iteration then diverges."""
     root = make_root("newton", 1e-6, "relative")
-    old, step = jnp.eye(3) * 7, kj.Step(*(jnp.asarray(9),) * 2, 1, jnp.asarray(False))
-    compute = jax.jit(lambda s: root.compute(s, old, exponent, step))
+    old = jnp.eye(3) * 7
+    compute = jax.jit(lambda s: root.compute(s, old, exponent, False))
     good, bad = jnp.diag(jnp.asarray([4.0, 2.0, 1.0])), jnp.diag(jnp.asarray([4.0, 2.0, -1.0]))
     np.testing.assert_allclose(
         jnp.diagonal(compute(good)), jnp.diagonal(good) ** exponent, rtol=1e-4
@@ -138,8 +143,7 @@ def test_delayed_form_with_interval_one_is_the_direct_form_with_trace():
 @pytest.mark.parametrize("form", ["direct", "factored", "exact", "delayed"])
 def test_gradient_scaled_start_is_independent_of_the_scale_of_the_loss(form):
     with x64():
-        zero = np.zeros((5, 4))
-        grads = [zero, *gradients(6)]
+        grads = gradients(6)
         options = krad(form=form, bound="sym", initial_scale="gradient")
         factors = [
             drive(star_method(options), [jnp.asarray(c * g) for g in grads]) for c in (1.0, 1e-4)

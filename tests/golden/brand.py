@@ -2,6 +2,7 @@
 
 import contextlib
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import kradagrad_jax as kj
 from kradagrad_jax import linalg
 from kradagrad_jax.curvature import CaptureSpec, Curvature, Layer
+from kradagrad_jax.factors import lowrank
 from tests.golden.case import check_keys
 from tests.golden.kfac import layer_blocks, patches, relative
 from tests.x64 import x64
@@ -42,7 +44,30 @@ def errors_of(raw: dict[str, Any]) -> dict[str, float]:
     with x64() if raw.get("dtype", "float64") == "float64" else contextlib.nullcontext():
         if raw["method"] in PRIMITIVES:
             return _primitives(raw)
-        return _trajectory(raw)
+        with _counts(raw):
+            return _trajectory(raw)
+
+
+def _counts(raw: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """The unmodified source counts the statistics of tracked inputs anew from the second one on.
+
+    It does not do so for the output gradients.
+    """
+    c = raw["config"]
+    if not c.get("official_reset"):
+        return contextlib.nullcontext()
+    params = raw["inputs"]["params"]
+    names = [key[:-2] for key in c["brand_tracked_factors"] if key.endswith(".A")]
+    sizes = [
+        int(np.prod(np.shape(params[f"{n}.weight"])[1:])) + (f"{n}.bias" in params) for n in names
+    ]
+    plain = lowrank.folded
+
+    def folded(o: Any, d: int, step: Any) -> jax.Array:
+        again = (d in sizes) & (step.count > c["T_updt"])
+        return plain(o, d, step) - jnp.where(again, 1, 0)
+
+    return mock.patch.object(lowrank, "folded", folded)
 
 
 def _matrix(pairs: linalg.LowRank) -> np.ndarray:
@@ -197,8 +222,8 @@ def _as_unmodified(
     """Quirks of the unmodified source, before step k.
 
     The bias column of tracked inputs is 1 in the online update but 1/sqrt(n) in the dense average;
-    and at the second statistic the dense averages of tracked factors start anew, with the count of
-    the inputs (and not that of the output gradients).
+    and at the second statistic the dense averages of tracked factors start anew (their counts:
+    :func:`_counts`).
     """
     if k % c["T_updt"]:
         return state, rows, dense
@@ -224,8 +249,6 @@ def _as_unmodified(
         if sides[i].m is not None:  # what becomes `dense` when the rows in use are added
             m = (dense[key] - (1 - rho) * used.T @ used) / rho
             sides[i] = sides[i]._replace(m=jnp.asarray(m)[None])
-        if reset and i == 0:
-            sides[i] = sides[i]._replace(count=0 * sides[i].count)
         factors[bucket] = type(factors[bucket])(*sides)
     return (state[0]._replace(factors=factors), *state[1:]), changed, dense
 

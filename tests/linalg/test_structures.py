@@ -55,8 +55,6 @@ def everything(s, m1, m2, x):
         (s.to_dense(s.matmul(k, n)), dot(dense, other)),
         (s.apply(k, x), dot(dense, x)),
         (s.apply_transposed(k, x), dot(dense.T, x)),
-        (s.apply_right(k, x.T), dot(x.T, dense)),
-        (s.apply_right_transposed(k, x.T), dot(x.T, dense.T)),
         (s.apply_square(k, x), dot(dense, dot(dense.T, x))),
         (s.to_dense(s.subtract_identity(k)), dense - jnp.eye(len(m1))),
         (s.average(k), jnp.trace(dense) / len(m1)),

@@ -37,7 +37,7 @@ def grams(steps, varying=False, d_in=D_IN, d_out=D_OUT):
 
 def at(t):
     count = jnp.asarray(t, jnp.int32) + 1
-    return Step(count, count, 1, count == 1)
+    return Step(count, 1, count, count - 1)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("dtype",))

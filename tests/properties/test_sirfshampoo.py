@@ -29,7 +29,7 @@ def method(names="dense", **others):
 
 def at(t):
     count = jnp.asarray(t, jnp.int32) + 1
-    return Step(count, count, 1, count == 1)
+    return Step(count, 1, count, count - 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -23,7 +23,7 @@ PLAIN = TntOptions(grouping="none", damping=0.1)
 
 def step(count=1):
     count = jnp.asarray(count, jnp.int32)
-    return Step(count, count, 1, count == 1)
+    return Step(count, 1, count, count - 1)
 
 
 @functools.cache
@@ -49,7 +49,8 @@ def factor_of(samples, options=PLAIN):
 
 
 def direct(factor, g, options=PLAIN):
-    return np.asarray(jitted(options)[3](factor, jnp.asarray(g), step()))
+    after = step()._replace(refreshes=jnp.asarray(1, jnp.int32))
+    return np.asarray(jitted(options)[3](factor, jnp.asarray(g), after))
 
 
 def with_omegas(omegas, options=PLAIN):
@@ -57,7 +58,7 @@ def with_omegas(omegas, options=PLAIN):
     m, _, refresh, _ = jitted(options)
     factor = m.init(tuple(len(o) for o in omegas), jnp.float64)
     statistics = tuple(jnp.asarray(o) for o in omegas)
-    return refresh(factor._replace(statistics=statistics, weight=jnp.ones(())), step())
+    return refresh(factor._replace(statistics=statistics), step())
 
 
 def us(factor):
