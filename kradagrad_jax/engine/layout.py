@@ -48,8 +48,8 @@ class Layout:
         gives them dense factors (full-matrix AdaGrad).
       scalars: ``"diagonal"`` leaves parameters with one entry to the fallback, ``"block"`` makes
         them blocks of length one.
-      max_dim: a (merged) mode that is longer has no factor; a parameter without any factored mode
-        is left to the fallback. ``None``: no limit.
+      max_dim: a (merged) mode that is longer has no factor, unless all modes are longer and can be
+        cut; a parameter without any factored mode is left to the fallback. ``None``: no limit.
       state_limit: numbers of factor state (``2 * n**2`` for every factored mode of length ``n`` of
         every block) per weight, over the whole tree. Where there are more, and more than 2**18 in
         all, the shapes with most numbers per weight (adapters, embeddings) keep the factor of
@@ -191,7 +191,9 @@ def bounds_of(layout: Layout, path: str, shape: Shape) -> dict[int, Shape]:
       ValueError: for axes out of range, cut points that do not rise from 0 to the size, and a
         number of parts that does not divide it.
     """
-    answer = (layout.split and layout.split.answer(path)) or ()
+    answer: Sequence[tuple[int, Any]] = ()
+    if layout.split is not None:
+        answer = layout.split.answer(path) or ()
     axes = _checked(path, shape, tuple(a for a, _ in answer), "split")
     out = {}
     for axis, (_, cuts) in zip(axes, answer, strict=True):

@@ -181,11 +181,14 @@ def part_of(index, path, shape, region, axes: Axes, equal, dtype, layout: Layout
     elif len(merged) == 1 and layout.vectors == "diagonal":
         return "bias" if bias else "vector"
     asked = factored_modes(layout, path, merged)
+    long = [layout.max_dim is not None and d > layout.max_dim for d in merged]
+    if all(long) and len(merged) > 1 and layout.block_size is not None:
+        long = [False] * len(merged)  # a square of a very wide model: all modes are cut
     reasons = tuple(
         "Layout.modes"
         if asked is not None and not asked[i]
         else f"mode of {d} > max_dim"
-        if layout.max_dim is not None and d > layout.max_dim
+        if long[i]
         else ""
         for i, d in enumerate(merged)
     )

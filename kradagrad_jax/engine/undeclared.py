@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from kradagrad_jax.engine.layout import Layout, axes_of
+from kradagrad_jax.engine.layout import Layout, axes_of, is_biases
 from kradagrad_jax.engine.rules import Shape
 
 
@@ -13,11 +13,11 @@ def undeclared_stacks(
     names: Sequence[tuple[Any, ...] | None] | None,
     layout: Layout,
 ) -> list[tuple[str, int, int]]:
-    """Parts of the tree that look like stacked layers of which the layout says nothing.
+    """Parts of the tree that look like stacked layers but are not all declared as such.
 
     Below one path all leaves have the same size on axis 0 (or all on axis 1), their numbers of axes
     differ and one has at least three. A leaf whose shape is the tail of another's (the bias of a
-    fused kernel) is no evidence.
+    fused kernel) is no evidence. Of two such axes the shorter one is named.
 
     Returns:
       (path, axis, size), the path as short as possible.
@@ -32,13 +32,13 @@ def undeclared_stacks(
         if any(not p or prefix.startswith(f"{p}/") for p, _, _ in found):
             continue
         members = below[prefix]
-        for axis in (0, 1):
-            if _looks_stacked([shapes[i] for i in members], axis) and not any(
-                _is_declared(layout, paths[i], shapes[i], None if names is None else names[i])
-                for i in members
-            ):
-                found.append((prefix, axis, shapes[members[0]][axis]))
-                break
+        axes = [a for a in (0, 1) if _looks_stacked([shapes[i] for i in members], a)]
+        if axes and any(
+            _is_open(layout, paths[i], shapes[i], None if names is None else names[i])
+            for i in members
+        ):
+            size, axis = min((shapes[members[0]][a], a) for a in axes)
+            found.append((prefix, axis, size))
     return found
 
 
@@ -50,6 +50,7 @@ def _looks_stacked(shapes: list[Shape], axis: int) -> bool:
     return shapes[0][axis] > 1 and len(orders) > 1 and max(orders) > 2
 
 
-def _is_declared(layout: Layout, path: str, shape: Shape, names: Any) -> bool:
+def _is_open(layout: Layout, path: str, shape: Shape, names: Any) -> bool:
+    """Whether a parameter may be taken for what it is not: biases are vectors in any case."""
     axes = axes_of(layout, path, shape, names)
-    return axes is None or axes.declared
+    return not (axes is None or axes.declared or is_biases(layout, path))

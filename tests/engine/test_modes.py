@@ -97,6 +97,10 @@ def test_explicit_modes_are_counted_all_the_same():
     assert entries(plan)["body"].factored == (False, True)  # b alone does not save enough
 
 
+def _by_function(path, merged):
+    return "input" if merged == (5, 7) else None
+
+
 @pytest.mark.parametrize(
     ("modes", "shape", "factored"),
     [
@@ -110,9 +114,9 @@ def test_explicit_modes_are_counted_all_the_same():
         ((True, False, False), (5, 7), (True, True)),
         ({"w": "input", ".": "output"}, (5, 7), (True, False)),
         ({"w|v": None}, (5, 7), (True, True)),
-        (lambda path, merged: "input" if merged == (5, 7) else None, (5, 7), (True, False)),
+        (_by_function, (5, 7), (True, False)),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_modes(modes, shape, factored):
     entry = entries(plan_for({"w": S(*shape)}, Layout(modes=modes, block_size=4)))["w"]
