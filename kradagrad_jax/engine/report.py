@@ -137,7 +137,8 @@ def describe(tx: Any, params: Any) -> Coverage:
       ValueError: ``tx`` holds no transformation of this package.
     """
     with _recording() as records:
-        state = jax.eval_shape(tx.init, params)
+        # a function of its own: the trace of one that was seen before would come from a cache
+        state = jax.eval_shape(lambda p: tx.init(p), params)
     if not records:
         raise ValueError(
             "describe(tx, params): tx holds no transformation of kradagrad_jax (or the parameters "
@@ -231,7 +232,7 @@ def diagnostics(state: Any) -> dict[str, jax.Array]:
     """
     found = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
     if not found:
-        raise ValueError("diagnostics: the tree holds no BlockState of kradagrad_jax")
+        raise ValueError("diagnostics: the state holds no BlockState of kradagrad_jax")
     out: dict[str, jax.Array] = {}
     for i, own in enumerate(found):
         prefix = f"{i}/" if len(found) > 1 else ""
