@@ -245,7 +245,8 @@ def new_kept(s: Static, bucket: Bucket, size: int) -> Kept:
     one = s.new_factor(bucket)
     zeros = jnp.zeros((size, *bucket.shape), bucket.dtype)
     return Kept(
-        Clock(*(jnp.tile(x, size) for x in counts(2))),
+        # what fills a stack up has clocks that never start
+        Clock(*(jnp.where(jnp.arange(size) < bucket.size, x, -1) for x in counts(2))),
         jax.tree.map(lambda x: jnp.tile(x[None], (size,) + (1,) * x.ndim), one),
         None if o.beta1 is None else zeros.astype(o.mu_dtype or bucket.dtype),
         zeros + 0 if o.graft.adaptive else None,

@@ -1,5 +1,6 @@
 """Refreshes the blocks whose turn it is, and corrects them in their new basis."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from kradagrad_jax.engine import timing as timing_lib
 from kradagrad_jax.engine.fold import Counts, each, finite, keep, step_of
 from kradagrad_jax.engine.plan import Bucket
-from kradagrad_jax.engine.state import Kept
+from kradagrad_jax.engine.state import Clock, Kept
 from kradagrad_jax.engine.static import Static
 from kradagrad_jax.engine.timing import Now
 from kradagrad_jax.factors.method import BlockMethod
@@ -71,12 +72,68 @@ def _when(condition: jax.Array, change: Any, *args: Any) -> tuple[Kept, jax.Arra
 def _all(method: BlockMethod, now: Now, old: Kept, due: jax.Array) -> tuple[Kept, jax.Array]:
     """Computes the refresh of every block and keeps those that are due."""
     assert method.refresh is not None
-    step = step_of(now, old.clock.statistics, old.clock.refreshes)
-    new = each(method.refresh, old.factor, step=step)
-    done = due & finite(new, old.factor)
+    renew = method.refresh
+
+    def some(clock: Clock, factor: Any, due: jax.Array) -> tuple[Any, jax.Array]:
+        step = step_of(now, clock.statistics, clock.refreshes)
+        new = each(renew, factor, step=step)
+        done = due & finite(new, factor)
+        return keep(done, new, factor), done
+
+    factor, done = in_parts(some, old.factor, old.clock, due)
     clock = old.clock._replace(refreshes=old.clock.refreshes + done.astype(jnp.int32))
-    kept = old._replace(clock=clock, factor=keep(done, new, old.factor))
+    kept = old._replace(clock=clock, factor=factor)
     return kept, jnp.sum(due & ~done).astype(jnp.int32)
+
+
+PART = 2**23  # numbers of factors that are refreshed at once: 32 MB in float32
+
+
+def in_parts(
+    some: Callable[..., tuple[Any, jax.Array]], factor: Any, clock: Clock, due: jax.Array
+) -> tuple[Any, jax.Array]:
+    """``some(clock, factor, due)`` on a part of the blocks after the other.
+
+    A refresh needs several times the memory of what it works on.
+
+    Returns:
+      The factors after it; which blocks were done.
+    """
+    leaves, treedef = jax.tree.flatten(factor)
+    size = len(due)
+    numbers = sum(x.size for x in leaves) // size
+    part = min(size, max(PART // max(numbers, 1), 8))
+    if part * 2 > size:
+        return some(clock, factor, due)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((part, *x.shape[1:]), x.dtype), factor)
+    changes = _changed(some, jax.tree.map(lambda x: x[:part], clock), shapes, due[:part])
+
+    def turn(i: Any, carry: tuple[list[jax.Array], jax.Array]) -> Any:
+        start = jnp.minimum(i * part, size - part)  # the last part overlaps: what is read is old
+
+        def rows(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, part)
+
+        new, done = some(jax.tree.map(rows, clock), jax.tree.map(rows, factor), rows(due))
+        own = [x for x, c in zip(jax.tree.leaves(new), changes, strict=True) if c]
+        put = jax.lax.dynamic_update_slice_in_dim
+        values, flags = carry
+        return [put(v, x, start, 0) for v, x in zip(values, own, strict=True)], put(
+            flags, done, start, 0
+        )
+
+    own = [x for x, c in zip(leaves, changes, strict=True) if c]
+    values, done = jax.lax.fori_loop(0, -(-size // part), turn, (own, jnp.zeros_like(due)))
+    new = iter(values)
+    return treedef.unflatten(
+        [next(new) if c else x for x, c in zip(leaves, changes, strict=True)]
+    ), done
+
+
+def _changed(some: Any, clock: Clock, factor: Any, due: jax.Array) -> list[bool]:
+    """Which arrays of a factor a refresh changes."""
+    jaxpr = jax.make_jaxpr(lambda f: some(clock, f, due)[0])(factor).jaxpr
+    return [a is not b for a, b in zip(jaxpr.invars, jaxpr.outvars, strict=True)]
 
 
 def _turns(method: BlockMethod, now: Now, old: Kept, turn: jax.Array) -> tuple[Kept, jax.Array]:

@@ -137,8 +137,7 @@ def describe(tx: Any, params: Any) -> Coverage:
       ValueError: ``tx`` holds no transformation of this package.
     """
     with _recording() as records:
-        # a function of its own: the trace of one that was seen before would come from a cache
-        state = jax.eval_shape(lambda p: tx.init(p), params)
+        state = jax.eval_shape(lambda p: tx.init(p), params)  # not the one that is cached
     if not records:
         raise ValueError(
             "describe(tx, params): tx holds no transformation of kradagrad_jax (or the parameters "
@@ -222,17 +221,17 @@ def diagnostics(state: Any) -> dict[str, jax.Array]:
     Returns:
       float32 scalars by name: ``count``; ``skipped`` (updates whose gradient was not finite) and
       ``rejected`` (block updates undone); ``statistics`` and ``refreshes``, the least over the
-      blocks that have any, with ``statistics_max`` and ``refreshes_max``; ``idle``, blocks that
-      have had no statistic (what fills stacks up on a mesh included); and for each array of the
-      factors ``BUCKET/NAME/norm_min`` and ``norm_max``, Frobenius norms over the blocks. With
-      several BlockStates in the tree, names start with their number.
+      blocks, with ``statistics_max`` and ``refreshes_max``; ``idle``, blocks that have had no
+      statistic; and for each array of the factors ``BUCKET/NAME/norm_min`` and ``norm_max``,
+      Frobenius norms over the blocks. With several BlockStates in the tree, names start with
+      their number.
 
     Raises:
       ValueError: there is none.
     """
     found = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
     if not found:
-        raise ValueError("diagnostics: the state holds no BlockState of kradagrad_jax")
+        raise ValueError("diagnostics(state): the state holds no BlockState of kradagrad_jax")
     out: dict[str, jax.Array] = {}
     for i, own in enumerate(found):
         prefix = f"{i}/" if len(found) > 1 else ""
@@ -252,7 +251,7 @@ def _numbers(state: BlockState) -> dict[str, Any]:
     for name in ("statistics", "refreshes"):
         values = jnp.concatenate([jnp.asarray(getattr(c, name)).reshape(-1) for c in clocks])
         most = jnp.max(values)
-        out[name] = jnp.min(jnp.where(values > 0, values, most))
+        out[name] = jnp.min(jnp.where(values < 0, most, values))  # -1: fills a stack up
         out[f"{name}_max"] = most
         if name == "statistics":
             out["idle"] = jnp.sum(values == 0)

@@ -15,6 +15,8 @@ class Clock(NamedTuple):
       statistics: ``(size,)`` int32, number of statistics that were folded in. It starts with the
         first one that is not zero.
       refreshes: ``(size,)`` int32, number of refreshes.
+
+    Both are -1 for the zeros that fill a stack up where it is divided over devices.
     """
 
     statistics: jax.Array

@@ -14,6 +14,7 @@ from kradagrad_jax.factors.kron import (
     init_kron,
     on_modes,
     per_mode,
+    roots_of,
 )
 from kradagrad_jax.factors.method import BlockMethod, Step
 from kradagrad_jax.factors.numbers import averaged
@@ -76,7 +77,7 @@ def gram_method(
         )
 
     def refresh(factor: KronFactor, step: Step) -> KronFactor:
-        def one(mode: int, s: jax.Array, old: Any, e: Any) -> Any:
+        def one(e: Any, s: jax.Array, old: Any) -> Any:
             scale = 1.0
             if bias_correction:
                 scale = 1 / _bias(beta2, step.statistics, s.dtype)
@@ -84,7 +85,7 @@ def gram_method(
 
         e = shared_out(factor.statistics, exponent)
         return factor._replace(
-            preconditioners=per_mode(one, factor.statistics, factor.preconditioners, e)
+            preconditioners=roots_of(one, e, factor.statistics, factor.preconditioners)
         )
 
     return BlockMethod(

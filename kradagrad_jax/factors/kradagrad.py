@@ -8,7 +8,14 @@ import jax.numpy as jnp
 
 from kradagrad_jax.factors import krad
 from kradagrad_jax.factors.exponents import exponents, shared_out, with_factor
-from kradagrad_jax.factors.kron import Factored, apply_dense, init_kron, on_modes, per_mode
+from kradagrad_jax.factors.kron import (
+    Factored,
+    apply_dense,
+    init_kron,
+    on_modes,
+    per_mode,
+    roots_of,
+)
 from kradagrad_jax.factors.method import BlockMethod, Step
 from kradagrad_jax.factors.numbers import is_number
 from kradagrad_jax.factors.roots import Root, make_root
@@ -75,11 +82,11 @@ def star_method(o: KradOptions) -> BlockMethod:
             factor = factor._replace(pending=per_mode(lambda i, x: 0 * x, factor.statistics))
         e = shared_out(factor.statistics, o.exponent)
         return factor._replace(
-            preconditioners=per_mode(
-                lambda i, x, p, e: how.compute(x, p, e, first),
+            preconditioners=roots_of(
+                lambda e, x, p: how.compute(x, p, e, first),
+                e,
                 factor.statistics,
                 factor.preconditioners,
-                e,
             )
         )
 
@@ -223,7 +230,12 @@ def _update_one(
 
 
 def _root_of(o: KradOptions) -> Root:
-    """How statistics become preconditioners."""
+    """How statistics become preconditioners; checks what does not go together."""
+    if o.form != "exact" and isinstance(o.beta2, (int, float)) and o.beta2 < 0.5:
+        raise ValueError(
+            f"beta2={o.beta2} is below 1/2, where form={o.form!r} no longer keeps L between 0 and "
+            "its start: use form='exact'"
+        )
     if o.form in ("factored", "exact"):
         if o.root != "eigh":
             raise ValueError(

@@ -29,6 +29,32 @@ def per_mode(function: Callable[..., Any], *columns: Sequence[Any]) -> tuple[Any
     return tuple(None if row[0] is None else function(mode, *row) for mode, row in rows)
 
 
+def roots_of(
+    function: Callable[..., Any], exponents: Sequence[Any], *columns: Sequence[Any]
+) -> tuple[Any, ...]:
+    """``function(exponent, *entries)`` for every mode with a factor.
+
+    Modes of one length and exponent are gone through in a loop: a decomposition is long to compile.
+    """
+    alike: dict[Any, list[int]] = {}
+    for mode, (e, first) in enumerate(zip(exponents, columns[0], strict=True)):
+        if first is not None:
+            same = e if isinstance(e, (int, float)) else id(e)
+            alike.setdefault((same, first.shape), []).append(mode)
+    out: list[Any] = [None] * len(exponents)
+    for modes in alike.values():
+        rows = [tuple(column[i] for column in columns) for i in modes]
+        e = exponents[modes[0]]
+        if len(modes) == 1:
+            out[modes[0]] = function(e, *rows[0])
+            continue
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *rows)
+        found = jax.lax.map(lambda row, e=e: function(e, *row), stacked)
+        for place, mode in enumerate(modes):
+            out[mode] = jax.tree.map(lambda x, place=place: x[place], found)
+    return tuple(out)
+
+
 def on_modes(
     function: Callable[[int], Any], shape: Sequence[int], factored: Factored = None
 ) -> tuple[Any, ...]:

@@ -44,8 +44,9 @@ def _selected(run: Callable[..., Any], pred: jax.Array, old: Any, consts: Any, l
 def _when(run: Callable[..., Any], pred: jax.Array, old: Any, consts: Any, leaves: Any) -> Any:
     # a loop of at most one round: its condition is reduced over a stack
     def once(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        pending, kept = carry
-        return pending & False, _selected(run, pending, kept, consts, leaves)
+        # tied to the loop by the barrier: work on what does not change in it would be hoisted out
+        pending, kept, *given = jax.lax.optimization_barrier((*carry, consts, leaves))
+        return pending & False, _selected(run, pending, kept, *given)
 
     return jax.lax.while_loop(lambda carry: carry[0], once, (pred, old))[1]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -67,7 +68,7 @@ def named(tree: Any) -> Any:
 
 @defaults.over()
 def test_map_params_with_a_second_tree(alias):
-    """Every array shaped like a parameter meets the entry of that parameter, and no other does."""
+    """What is shaped like a parameter meets that parameter's entry, all else the other function."""
     p, tx = defaults.params(), alias.make()
     names, seen = named(p), []
 
@@ -86,15 +87,6 @@ def test_map_params_with_a_second_tree(alias):
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
     assert int(optax.tree.get_all_with_path(mapped, "count")[0][1]) == 3
     if alias.name in ("shampoo", "kradagrad_star", "kradagrad"):
-        assert set(seen) == set(jax.tree.leaves(names))
-
-
-@pytest.mark.parametrize("make", [kj.shampoo, kj.kradagrad_star], ids=["shampoo", "star"])
-def test_map_params_gives_averages_the_specs_of_their_parameters(make):
-    p, tx = defaults.params(), make(0.1)
-    specs = named(p)
-    found = optax.tree.map_params(
-        tx, lambda _, spec: spec, tx.init(p), specs, transform_non_params=lambda _: "replicated"
-    )
-    assert optax.tree.get(found, "mu") == specs
-    assert optax.tree.get_all_with_path(found, "count")[0][1] == "replicated"
+        assert not seen  # averages live with the blocks
+        others = [np.all(np.asarray(x) == 3) for x in jax.tree.leaves(mapped[0])]
+        assert all(others)

@@ -32,8 +32,11 @@ def test_a_huge_embedding_is_cut_along_its_features_only():
 
 
 def test_without_a_mode_left_a_parameter_goes_to_the_fallback():
-    plan = plan_for({"w": S(30, 40), "body": S(3, 4)}, Layout(max_dim=20))
+    whole = Layout(max_dim=20, block_size=None)
+    plan = plan_for({"w": S(30, 40), "body": S(3, 4)}, whole)
     assert reasons(plan) == {"w": "mode of 30 > max_dim, mode of 40 > max_dim"}
+    # where modes can be cut, a matrix that is long on both sides is
+    assert keys(plan_for({"w": S(30, 40)}, Layout(max_dim=20, block_size=10))) == {"10x10": 12}
 
 
 def test_adapters_keep_the_factor_of_their_rank():

@@ -23,13 +23,14 @@ MAXTEXT = {"blocks": {"wi": S(768, 12, 3072), "ln": {"scale": S(768, 12)}}, "wte
 def test_scanned_trees_are_seen():
     assert look(SCANNED) == [("blocks", 0, 12)]
     assert look(MAXTEXT) == [("blocks", 1, 12)]
-    assert look({"params": SCANNED["blocks"]}) == [("", 0, 12)]
+    assert look({"params": SCANNED["blocks"]}) == [("params", 0, 12)]
+    assert not look(SCANNED["blocks"]["ln"] | SCANNED["blocks"]["fc"])  # a tree has no name
 
 
 def test_half_declared_stacks_are_seen():
     named = {"w": nn.Partitioned(S(12, 70, 80), ("layers", None, None)), "bias": S(12, 70)}
-    assert not look(named)  # a vector in any case
-    assert look(named | {"scale": S(12, 70)}) == [("", 0, 12)]
+    assert not look({"h": named})  # a vector in any case
+    assert look({"h": named | {"scale": S(12, 70)}}) == [("h", 0, 12)]
 
 
 def test_declared_stacks_are_not():

@@ -31,6 +31,25 @@ def test_a_stack_without_need_does_no_work():
         assert bool(calls) == expected
 
 
+def test_work_on_what_does_not_change_is_not_done_ahead():
+    """Compilers move such work out of loops."""
+    calls = []
+
+    def seen(x):
+        calls.append(1)
+        return x
+
+    def work(old, x):
+        kind = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return old + jax.pure_callback(seen, kind, x, vmap_method="expand_dims")
+
+    run = jax.jit(jax.vmap(lambda t, o, x: when(t, work, o, x)))
+    for take, expected in ((jnp.zeros(3, bool), False), (jnp.asarray([False, True, False]), True)):
+        calls.clear()
+        jax.block_until_ready(run(take, jnp.zeros(3), jnp.ones(3)))
+        assert bool(calls) == expected
+
+
 def test_derivatives_reach_what_is_closed_over():
     take, x = jnp.asarray([True, False]), jnp.asarray([0.5, 0.7])
 
