@@ -81,6 +81,7 @@ def on_shares(
     split = s.split
     traced = {k: v for k, v in now._asdict().items() if isinstance(v, jax.Array)}
     specs = {key: PartitionSpec() if key in single else split.parts for key in owners}
+    rows = {key: split.place(x, specs[key]) for key, x in rows.items()}
 
     def run(traced: dict[str, jax.Array], rows: Trees, *stacks: Trees) -> tuple[Any, jax.Array]:
         share = Share(rows, number, single, split.axes)
