@@ -40,7 +40,7 @@ def apply(
         u = each(method.precondition, old.factor, x, step=step)
         clock = old.clock.statistics if method.refresh is None else old.clock.refreshes
         good = jnp.isfinite(per_block(u * u, jnp.sum))
-        lost = (clock > 0) & ~per_block(u != 0, jnp.any) & per_block(x != 0, jnp.any)
+        lost = (clock > 0) & ~per_block(u != 0, jnp.any) & per_block(blocks[key] != 0, jnp.any)
         u = jnp.where(_rows(good, u), u, 0)
         if s.options.graft.kind != "none":
             u = jnp.where(_rows(lost, u), x, u)

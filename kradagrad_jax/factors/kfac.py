@@ -169,7 +169,8 @@ def _factored(factors: Pair, lam: jax.Array, invert: Any) -> Pair:
         elif n == 1:
             inverse = jnp.ones_like(f) / c
         else:
-            shift = (lam / (c * c)) ** (1 / live)
+            # the root first: c^2 is below the range of float32 after a long silence
+            shift = (jnp.sqrt(lam) / c) ** (2 / live)
             inverse = invert(f / mean, shift) / c
         none = jnp.eye(n, dtype=f.dtype) if f.ndim == 2 else jnp.ones_like(f)
         out.append(jnp.where(alive, inverse, none / jnp.sqrt(lam)))

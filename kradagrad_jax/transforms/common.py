@@ -48,6 +48,15 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 
 
+def check_factor_step(lr_cov: Any) -> None:
+    """Raises ValueError for a factor step ``K (I - lr_cov m)`` that can make K singular."""
+    if isinstance(lr_cov, (int, float)) and not 0 < lr_cov < 1:
+        raise ValueError(
+            f"lr_cov must lie between 0 and 1, got {lr_cov!r}: a step of 1 takes a direction of "
+            "large curvature out of the factor at once and for good"
+        )
+
+
 def per_mode(exponent: Any, layout: Layout) -> tuple[Any, Layout]:
     """Splits an exponent into that of the factors and a layout without those of exponent 0.
 

@@ -12,7 +12,12 @@ from kradagrad_jax.engine import Graft, Interval, Sharding, Timing
 from kradagrad_jax.engine.layers import scale_by_layers
 from kradagrad_jax.factors.singd import SingdOptions, singd_method
 from kradagrad_jax.linalg.structures import Structure, structure
-from kradagrad_jax.transforms.common import check_choice, choose, engine_arguments
+from kradagrad_jax.transforms.common import (
+    check_choice,
+    check_factor_step,
+    choose,
+    engine_arguments,
+)
 
 Name = str | Structure
 Names = Name | tuple[Name, Name]
@@ -270,6 +275,7 @@ def _layer_structures(layer: Any, default: Pair, overrides: Overrides) -> Pair |
 
 
 def _build(spec: Any, c: dict[str, Any], adaptive: bool) -> optax.GradientTransformationExtraArgs:
+    check_factor_step(c["lr_cov"])
     check_choice("normalize_lr_cov", c["normalize_lr_cov"], ("none", "max_entry", "frobenius"))
     check_choice("statistics", c["statistics"], ("rows", "grams"))
     check_choice("approx", c["approx"], ("expand", "reduce"))

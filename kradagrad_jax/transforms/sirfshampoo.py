@@ -21,7 +21,7 @@ from kradagrad_jax.engine.plan import Plan
 from kradagrad_jax.engine.static import Source
 from kradagrad_jax.factors.sirfshampoo import SirfOptions, sirf_method
 from kradagrad_jax.linalg.structures import Structure, structure
-from kradagrad_jax.transforms.common import choose, engine_arguments
+from kradagrad_jax.transforms.common import check_factor_step, choose, engine_arguments
 from kradagrad_jax.transforms.sampled import WHOLE
 
 Name = str | Structure
@@ -147,6 +147,7 @@ def scale_by_sirfshampoo(
     """
     given = {k: v for k, v in locals().items() if k != "preset"}
     c = choose(preset, PRESETS, given)
+    check_factor_step(c["lr_cov"])
     if c["timing"].stagger:
         raise ValueError("Timing(stagger=True) does not apply: factors move with every statistic")
     choices = [(None, c["structures"]), *c["overrides"]]
