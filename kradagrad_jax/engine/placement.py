@@ -85,6 +85,7 @@ def on_shares(
     split = s.split
     traced = {k: v for k, v in now._asdict().items() if isinstance(v, jax.Array)}
     specs = {key: PartitionSpec() if key in single else split.parts for key in owners}
+    rows = {key: split.place(x, specs[key]) for key, x in rows.items()}
 
     def run(traced: dict[str, jax.Array], rows: Trees, *stacks: Trees) -> tuple[Any, jax.Array]:
         share = Share(rows, number, single, split.axes)
@@ -191,43 +192,68 @@ def spread(s: Static, kept: dict[str, Kept]) -> dict[str, Kept]:
     }
 
 
+def held(s: Static, old: dict[str, Kept], new: dict[str, Kept]) -> dict[str, Kept]:
+    """What every device holds is collected, in one go, at the steps at which any of it changed.
+
+    Args:
+      s: the static part of the update.
+      old: what was kept, where it belongs.
+      new: the same after a change of clocks and factors, divided.
+
+    Returns:
+      ``new``, where it belongs.
+    """
+    assert s.split is not None
+    split = s.split
+    before: dict[tuple[str, int], jax.Array] = {}
+    parts, out = dict(before), {b.key: jax.tree.flatten(new[b.key]) for b in s.plan.buckets}
+    for b in s.plan.buckets:
+        leaves = out[b.key][0]
+        moments = [x is not None for x in (new[b.key].mu, new[b.key].nu)]
+        first = len(leaves) - sum(moments)  # averages and squares are nobody's to change here
+        leaves[first:] = jax.tree.leaves(old[b.key])[first:]
+        own = [i for i, w in enumerate(_whole(s, b)[:first]) if w and b.size > 1]
+        parts |= {(b.key, i): leaves[i] for i in own}
+        before |= {(b.key, i): jax.tree.leaves(old[b.key])[i] for i in own}
+    if parts:
+        moved = [jnp.any(x != split.place(before[i], split.parts)) for i, x in parts.items()]
+        now = jax.lax.cond(
+            jnp.any(jnp.stack(moved)), lambda: list(_gathered(split, parts).values()),
+            lambda: [split.whole(x) for x in before.values()],
+        )  # fmt: skip
+        for (key, i), x in zip(parts, now, strict=True):
+            out[key][0][i] = x
+    return {key: treedef.unflatten(leaves) for key, (leaves, treedef) in out.items()}
+
+
 def on_all(
     s: Static, use: Callable[..., Any], now: Now, kept: dict[str, Kept], blocks: Trees
 ) -> tuple[dict[str, Kept], Trees, jax.Array]:
-    """Applies preconditioners to all blocks on every device, after collecting what that reads.
+    """Applies preconditioners to all blocks on every device.
 
     Args:
       s: the static part of the update.
       use: ``(share, now, kept, blocks) -> ({bucket: (kept, directions)}, counted)``.
       now: scalars.
-      kept: what is kept, divided.
+      kept: what is kept, where it belongs.
       blocks: gradients of all blocks.
 
     Returns:
       What is kept, where it belongs; directions; what was counted.
     """
-    assert s.split is not None
-    parts: dict[tuple[str, int], jax.Array] = {}
-    flat = {b.key: jax.tree.flatten(kept[b.key]) for b in s.plan.buckets}
-    whole = {b.key: _whole(s, b) for b in s.plan.buckets}
-    for b in s.plan.buckets:
-        if b.size > 1:
-            parts |= {(b.key, i): flat[b.key][0][i] for i, w in enumerate(whole[b.key]) if w}
-    for (key, i), x in (_gathered(s.split, parts) if parts else {}).items():
-        flat[key][0][i] = x
     given = {}
     for b in s.plan.buckets:
-        leaves, treedef = flat[b.key]
+        leaves, treedef = jax.tree.flatten(kept[b.key])
         blank = jax.tree.leaves(new_kept(s, b, 1))
         given[b.key] = treedef.unflatten(
             x[: b.size] if w else jnp.broadcast_to(y, (b.size, *y.shape[1:]))
-            for x, y, w in zip(leaves, blank, whole[b.key], strict=True)
+            for x, y, w in zip(leaves, blank, _whole(s, b), strict=True)
         )
     owners, number = s.owners()
     rows = {b.key: jnp.asarray(owners[b.key][: b.size]) for b in s.plan.buckets}
     share = Share(rows, number, frozenset(rows), ())
     out, counted = use(share, now, given, blocks)
-    kept = {key: treedef.unflatten(leaves) for key, (leaves, treedef) in flat.items()}
+    kept = dict(kept)
     for b in s.plan.buckets:
         mu, nu = (_filled(x, s.length(b)) for x in (out[b.key][0].mu, out[b.key][0].nu))
         kept[b.key] = kept[b.key]._replace(mu=mu, nu=nu)
@@ -264,10 +290,13 @@ def _whole(s: Static, bucket: Bucket) -> list[bool]:
     factor = jax.eval_shape(lambda: s.new_factor(bucket))
     count = jax.ShapeDtypeStruct((), jnp.int32)
     gradient = jax.ShapeDtypeStruct(bucket.shape, bucket.dtype)
-    apply = s.method(bucket).precondition
-    jaxpr = jax.make_jaxpr(apply)(factor, gradient, Step(count, count, count, count))
+    method = s.method(bucket)
+    step = Step(count, count, count, count)
+    jaxpr = jax.make_jaxpr(method.precondition)(factor, gradient, step)
     read = {id(v) for equation in jaxpr.eqns for v in equation.invars}
     read |= {id(v) for v in jaxpr.jaxpr.outvars}
-    own = [id(v) in read for v in jaxpr.jaxpr.invars[: len(jax.tree.leaves(factor))]]
-    clocks = len(jax.tree.leaves(kept.clock))
-    return [True] * clocks + own + [True] * (number - clocks - len(own))
+    own = [id(v) in read for v in jaxpr.jaxpr.invars]
+    # a direction that vanishes is a fault only once there is a preconditioner: see apply
+    clock = [own[-2] or method.refresh is None, own[-1] or method.refresh is not None]
+    arrays = len(jax.tree.leaves(factor))
+    return clock + own[:arrays] + [True] * (number - len(clock) - arrays)

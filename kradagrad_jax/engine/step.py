@@ -95,12 +95,11 @@ def _work(
         kept, u = _unzipped(parts)
         return placement.place(s, kept), placement.collected(s, u), bad
     parts, bad = placement.on_shares(s, change, now, placement.spread(s, kept), mine, own)
-    kept, taken = _unzipped(parts)
-    kept, u, more = placement.on_all(s, use, now, kept, blocks)
+    new, taken = _unzipped(parts)
+    kept, u, more = placement.on_all(s, use, now, placement.held(s, kept, new), blocks)
     if last:
-        kept = placement.spread(s, kept)
-        kept, late = placement.on_shares(s, close, now, kept, taken, own)
-        more = more + late
+        new, late = placement.on_shares(s, close, now, placement.spread(s, kept), taken, own)
+        kept, more = placement.held(s, kept, new), more + late
     return placement.place(s, kept), u, bad + more
 
 
