@@ -113,7 +113,7 @@ def test_05_one_number_is_adagrad(grads):
 def test_06_graft_norms(kind, normalize, seed):
     """||u|| is the norm of the graft's own step, over the parameter or over every block."""
     grads = [dense((5, 3), (seed, j)) for j in range(3)]
-    layout = kj.Layout(block_size=3, merge="none", split="tail", vectors="block")
+    layout = kj.Layout(block_size=3, merge="none", pieces="tail", vectors="block")
     pieces = {"parameter": [np.s_[:]], "block": [np.s_[:3], np.s_[3:]]}
     for per, parts in pieces.items():
         graft = kj.Graft(kind, beta2=0.9, eps=1e-3, per=per, normalize=normalize)
@@ -136,7 +136,7 @@ def graft_step(grads, kind, normalize):
 
 @given(seed=seeds)
 def test_06_blocks_are_separate_parameters_when_norms_are_per_block(seed):
-    layout = kj.Layout(block_size=3, merge="none", split="tail", vectors="block")
+    layout = kj.Layout(block_size=3, merge="none", pieces="tail", vectors="block")
     options = PAPER | {"layout": layout, "graft": kj.Graft("adam", per="block")}
     grads = [dense((5, 3), (seed, j)) for j in range(4)]
     whole, _ = trajectory(SHAMPOO, grads, **options)
