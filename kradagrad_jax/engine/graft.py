@@ -1,6 +1,7 @@
 """Grafting: the length of the step is taken from another method, the direction from ours."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -98,7 +99,9 @@ def lengthen(
 ) -> "tuple[dict[str, Kept], Stacks]":
     """Gives directions the length of the graft's, blended in after the start; new ``nu``."""
     graft, out = s.options.graft, dict(kept)
-    unit = (lambda x: _over(x, _norms(share, graft, x), 1e-16)) if graft.normalize else _same
+    unit: Callable[[Stacks], Stacks] = _same
+    if graft.normalize:  # by the norm of the whole parameter, wherever lengths are taken
+        unit = lambda x: _over(x, _norms(share, "parameter", x), 1e-16)  # noqa: E731
     targets = unit(filtered)
     squares = unit(blocks) if graft.adaptive else blocks
     for key, k in kept.items():
@@ -107,7 +110,7 @@ def lengthen(
             out[key] = k._replace(nu=new)
         targets[key] = direction(graft, out[key].nu, targets[key], now.accepted)
     if graft.kind != "none":
-        lengths, wanted = (_norms(share, graft, x) for x in (u, targets))
+        lengths, wanted = (_norms(share, graft.per, x) for x in (u, targets))
         u = {
             # a direction of length zero stays zero: dividing by a tiny number gives 0 * inf
             key: x * (wanted[key] / jnp.where(lengths[key] > 0, lengths[key], 1)).astype(x.dtype)
@@ -132,9 +135,9 @@ def _over(x: Stacks, norms: Stacks, floor: float) -> Stacks:
     return {key: a / (norms[key].astype(a.dtype) + floor) for key, a in x.items()}
 
 
-def _norms(share: "Share", graft: Graft, x: Stacks) -> dict[str, Any]:
+def _norms(share: "Share", per: str, x: Stacks) -> dict[str, Any]:
     """Per block the joint norm of its owner's blocks (or its own), ready to multiply the stack."""
     sums = {key: jnp.sum(a * a, axis=tuple(range(1, a.ndim))) for key, a in x.items()}
-    if graft.per == "parameter":
+    if per == "parameter":
         sums = share.by_owner(sums)
     return {key: jnp.sqrt(v).reshape((-1,) + (1,) * (x[key].ndim - 1)) for key, v in sums.items()}
