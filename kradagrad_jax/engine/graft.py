@@ -98,7 +98,7 @@ def lengthen(
 ) -> "tuple[dict[str, Kept], Stacks]":
     """Gives directions the length of the graft's, blended in after the start; new ``nu``."""
     graft, out, u = s.options.graft, dict(kept), dict(applied.directions)
-    unit = (lambda x: _unit(share, graft, x)) if graft.normalize else dict
+    unit = (lambda x: _unit(share, x)) if graft.normalize else dict
     targets = unit(applied.filtered)
     squares = unit(blocks) if graft.adaptive else blocks
     for key, k in kept.items():
@@ -110,7 +110,9 @@ def lengthen(
         pairs = {
             key: jnp.stack([applied.squares[key], _squares(targets[key])], axis=1) for key in u
         }
-        for key, found in _norms(share, graft, pairs).items():
+        sums = share.by_owner(pairs) if graft.per == "parameter" else pairs
+        for key, found in sums.items():
+            found = jnp.sqrt(found)
             # a direction of length zero stays zero: dividing by a tiny number gives 0 * inf
             scale = found[:, 1] / jnp.where(found[:, 0] > 0, found[:, 0], 1)
             u[key] = u[key] * _rows(scale, u[key])
@@ -125,19 +127,14 @@ def _blended(u: jax.Array, d: jax.Array, part: jax.Array) -> jax.Array:
     return jnp.where(part > 0, part * u + (1 - part) * d, d)
 
 
-def _unit(share: "Share", graft: Graft, x: Stacks) -> Stacks:
-    norms = _norms(share, graft, {key: _squares(a)[:, None] for key, a in x.items()})
-    return {key: a / (_rows(norms[key][:, 0], a) + 1e-16) for key, a in x.items()}
+def _unit(share: "Share", x: Stacks) -> Stacks:
+    """Blocks over the norm of the whole parameter, wherever lengths are taken."""
+    sums = share.by_owner({key: _squares(a)[:, None] for key, a in x.items()})
+    return {key: a / (_rows(jnp.sqrt(sums[key][:, 0]), a) + 1e-16) for key, a in x.items()}
 
 
 def _squares(x: jax.Array) -> jax.Array:
     return jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
-
-
-def _norms(share: "Share", graft: Graft, squares: Stacks) -> Stacks:
-    """Joint norms of the blocks of an owner, or of every block alone, from squares ``(size, k)``."""
-    sums = share.by_owner(squares) if graft.per == "parameter" else squares
-    return {key: jnp.sqrt(x) for key, x in sums.items()}
 
 
 def _rows(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -206,8 +206,13 @@ def _covered(group: Leaves, packing: Packing | None, blocks: str, nbytes: int) -
     why = "; ".join(dict.fromkeys(r for r in group.reasons if r))
     if not group.tiles:
         treated = "part of one vector"
+    shape = list(group.shape)
+    if group.region is not None:
+        axis, start, stop = group.region
+        shape[axis] = stop - start
+        why = "; ".join([f"entries {start} to {stop} of axis {axis}", *([why] if why else [])])
     if packing is None:
-        return [Row(group.paths, group.shape, treated, blocks, why, nbytes)]
+        return [Row(group.paths, tuple(shape), treated, blocks, why, nbytes)]
     paths = tuple(p.removeprefix(f"{LAYERS}/") for p in group.paths)
     layers = [packing.layers[p] for p in paths]
     rows = [Row(paths, layers[0][0].shape, treated, blocks, why, nbytes)]

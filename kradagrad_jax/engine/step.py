@@ -19,6 +19,7 @@ from kradagrad_jax.engine.static import Options, Static, static_of
 from kradagrad_jax.engine.timing import Now
 
 Stacks = dict[str, Any]
+SMALL = 2**16  # entries of a leaf
 
 
 def update(
@@ -122,14 +123,16 @@ def _whole(s: Static, arrays: Any) -> Any:
 def _usable(s: Static, blocks: Stacks, leaves: list[jax.Array]) -> jax.Array:
     """Whether the squared norm of the gradient is finite: else the whole step is skipped.
 
-    One reduction per bucket and one over all other leaves: a reduction per leaf would be copied
-    into the kernel of every leaf, and compile time would grow with the square of the depth.
+    One reduction per bucket, one over all small leaves without blocks (a kernel for each would be
+    long to compile), one for each large one (which must not be made whole on every device).
     """
     sums = [jnp.sum(per_block(x * x, jnp.sum)) for x in blocks.values()]
-    wide = [leaves[i].astype(factor_dtype_of(leaves[i].dtype)) for i, *_ in s.plan.uncovered]
-    if wide:
-        dtype = max((x.dtype for x in wide), key=lambda d: jnp.finfo(d).bits)
-        flat = jnp.concatenate([trees.replicate(x).reshape(-1).astype(dtype) for x in wide])
+    rest = [leaves[i].astype(factor_dtype_of(leaves[i].dtype)) for i, *_ in s.plan.uncovered]
+    sums += [jnp.sum(x * x) for x in rest if x.size > SMALL]
+    rest = [x for x in rest if x.size <= SMALL]
+    if rest:
+        dtype = max((x.dtype for x in rest), key=lambda d: jnp.finfo(d).bits)
+        flat = jnp.concatenate([trees.replicate(x).reshape(-1).astype(dtype) for x in rest])
         sums.append(jnp.sum(flat * flat))
     wide = max((x.dtype for x in sums), key=lambda d: jnp.finfo(d).bits)
     finite = jnp.isfinite(jnp.sum(jnp.stack([x.astype(wide) for x in sums])))

@@ -1,5 +1,6 @@
 """The engine: a block method becomes an optax transformation of a whole tree of parameters."""
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any, cast
@@ -85,7 +86,7 @@ def scale_by_blocks(
     if fallback != "identity" and isinstance(fallback, str):
         fallback = Graft(fallback)  # type: ignore[arg-type]
     options = Options(
-        method, layout or Layout(), timing, refresh_every, statistics_every, refresh,
+        method, _layout_for(method, layout or Layout()), timing, refresh_every, statistics_every, refresh,
         as_graft(graft), fallback, beta1, average,
         None if factor_dtype is None else jnp.dtype(factor_dtype),
         None if mu_dtype is None else jnp.dtype(mu_dtype), source, sharding,
@@ -103,6 +104,24 @@ def scale_by_blocks(
         return step.update(options, updates, cast(BlockState, state), params, extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _layout_for(method: Any, layout: Layout) -> Layout:
+    """The layout without what a method cannot do that gives every mode a factor.
+
+    Raises:
+      ValueError: it asks for modes without one.
+    """
+    own = [method] if isinstance(method, BlockMethod) else list(method.values())
+    if all(m.partial for m in own):
+        return layout
+    if layout.modes is not None:
+        names = sorted({m.name for m in own if not m.partial})
+        raise ValueError(
+            f"Layout.modes leaves modes without a factor, and {', '.join(names)} has one for every "
+            "mode: leave it out, or give the method partial=True and an init that takes `factored`"
+        )
+    return dataclasses.replace(layout, max_dim=None, state_limit=None)
 
 
 def _check(

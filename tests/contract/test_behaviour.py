@@ -157,7 +157,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(entry, value):
         assert not any(np.any(u) for u in jax.tree.leaves(updates))
     assert all_finite(new)
     assert int(optax.tree.get(new, "skipped")) == 1
-    for name in ("mu", "nu", "factors", "statistics_count"):
+    for name in ("mu", "nu", "factors", "clock", "rest"):
         old, kept = (optax.tree.get(s, name) for s in (state, new))
         assert_equal(kept, old)
     updates, new = update(grads_at(params, 2), new, params)

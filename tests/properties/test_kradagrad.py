@@ -125,7 +125,7 @@ def test_09_zero_gradients_leave_the_statistics(method, bound):
 @given(seed=seeds)
 def test_10_blocks_are_separate_parameters(method, seed):
     """Without grafting, a cut matrix moves as its pieces would alone."""
-    cut = kj.Layout(block_size=3, merge="none", split="tail", vectors="block")
+    cut = kj.Layout(block_size=3, merge="none", pieces="tail", vectors="block")
     options = PAPER | {"layout": cut}
     grads = [dense((5, 3), (seed, j)) for j in range(4)]
     whole, _ = trajectory(method, grads, **options)

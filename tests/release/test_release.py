@@ -26,6 +26,7 @@ OPTIONAL = ("flax", "matplotlib", "orbax", "scipy", "sklearn", "tyro", "tqdm")
 PUBLIC = """
 BlockMethod BlockState Graft Grams KronFactor Layout Online Rows Sharding Sketch SquareRoot Step
 Structure Timing adapt_damping apply_updates_stochastically b_kfac bc_kfac br_kfac brc_kfac describe
+diagnostics
 fit_state ginger ikfac ingd kfac kradagrad kradagrad_star rs_kfac scale_by_b_kfac scale_by_bc_kfac
 scale_by_blocks scale_by_br_kfac scale_by_brc_kfac scale_by_ginger scale_by_ikfac scale_by_ingd
 scale_by_kfac scale_by_kradagrad scale_by_kradagrad_star scale_by_layers scale_by_rs_kfac
