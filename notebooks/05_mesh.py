@@ -110,8 +110,8 @@ print(f"largest relative difference between the losses: {difference:.1e}")
 # %% [markdown]
 # ## Where each array lies
 #
-# The sixteen blocks are one stack, and every device has two of them, with their factors, averages of
-# gradients (`mu`), squares for the length of the step (`nu`) and clocks.
+# The sixteen blocks are one stack, and every device has two of them, with their factors, averages
+# of gradients (`mu`), squares for the length of the step (`nu`) and clocks.
 
 
 # %%
