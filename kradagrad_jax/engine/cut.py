@@ -5,6 +5,7 @@ Leaves of one entry of the plan are put together first, then reshaped and transp
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,9 @@ def cut(plan: Plan, leaves: Sequence[jax.Array]) -> dict[str, jax.Array]:
         for slot in bucket.slots:
             entry = plan.covered[slot.leaves]
             if entry.indices not in together:
-                together[entry.indices] = _together([leaves[i] for i in entry.indices])
+                together[entry.indices] = _together(
+                    [leaves[i] for i in entry.indices], bucket.dtype
+                )
             if slot.leaves not in whole:
                 whole[slot.leaves] = _matrices(together[entry.indices], entry)
             parts.append(_blocks(whole[slot.leaves], entry, slot.tile).astype(bucket.dtype))
@@ -44,9 +47,11 @@ def cut(plan: Plan, leaves: Sequence[jax.Array]) -> dict[str, jax.Array]:
     return out
 
 
-def _together(leaves: list[jax.Array]) -> jax.Array:
-    """Leaves of one shape as one array ``(n, *shape)``."""
+def _together(leaves: list[jax.Array], dtype: Any) -> jax.Array:
+    """Leaves of one shape as one array ``(n, *shape)``; of ``dtype`` where theirs differ."""
     leaves = [trees.replicate(x) for x in leaves]
+    if len({x.dtype for x in leaves}) > 1:
+        leaves = [x.astype(dtype) for x in leaves]
     return leaves[0][None] if len(leaves) == 1 else jnp.stack(leaves)
 
 

@@ -10,12 +10,12 @@ from kradagrad_jax.engine.static import Static
 from kradagrad_jax.engine.timing import Now, statistics_due, statistics_overdue
 from kradagrad_jax.factors.method import BlockMethod, Grams, Step
 
-Counts = dict[str, jax.Array]
+Flags = dict[str, jax.Array]  # by bucket, a bool for each block
 
 
 def fold(
     s: Static, now: Now, kept: dict[str, Kept], blocks: dict[str, jax.Array], statistics: Any
-) -> tuple[dict[str, Kept], Counts, Counts]:
+) -> tuple[dict[str, Kept], Flags, Flags]:
     """Folds the statistics of this step in, where they are due.
 
     Args:
@@ -26,8 +26,8 @@ def fold(
       statistics: by bucket; without a bucket: none for it at this step.
 
     Returns:
-      What is kept now; per bucket, which blocks accepted a statistic (bools); per bucket, how many
-      refused one because the factor would not be finite (int32).
+      What is kept now; by bucket, which blocks accepted a statistic; by bucket, which refused one
+      because the factor would not be finite.
     """
     out, taken, rejected = dict(kept), {}, {}
     for bucket in s.plan.buckets:
@@ -47,7 +47,7 @@ def fold(
         clock = old.clock._replace(statistics=old.clock.statistics + accepted.astype(jnp.int32))
         out[bucket.key] = old._replace(clock=clock, factor=new)
         taken[bucket.key] = accepted
-        rejected[bucket.key] = jnp.sum(bad).astype(jnp.int32)
+        rejected[bucket.key] = bad
     return out, taken, rejected
 
 

@@ -1,7 +1,7 @@
 """Grafting: the length of the step is taken from another method, the direction from ours."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kradagrad_jax.engine import timing
 
 if TYPE_CHECKING:
+    from kradagrad_jax.engine.apply import Applied
     from kradagrad_jax.engine.placement import Share
     from kradagrad_jax.engine.state import Kept
     from kradagrad_jax.engine.static import Static
@@ -93,13 +94,12 @@ def lengthen(
     now: "Now",
     kept: "dict[str, Kept]",
     blocks: Stacks,
-    filtered: Stacks,
-    u: Stacks,
+    applied: "Applied",
 ) -> "tuple[dict[str, Kept], Stacks]":
     """Gives directions the length of the graft's, blended in after the start; new ``nu``."""
-    graft, out = s.options.graft, dict(kept)
-    unit = (lambda x: _over(x, _norms(share, graft, x), 1e-16)) if graft.normalize else _same
-    targets = unit(filtered)
+    graft, out, u = s.options.graft, dict(kept), dict(applied.directions)
+    unit = (lambda x: _unit(share, graft, x)) if graft.normalize else dict
+    targets = unit(applied.filtered)
     squares = unit(blocks) if graft.adaptive else blocks
     for key, k in kept.items():
         if k.nu is not None:
@@ -107,20 +107,17 @@ def lengthen(
             out[key] = k._replace(nu=new)
         targets[key] = direction(graft, out[key].nu, targets[key], now.accepted)
     if graft.kind != "none":
-        lengths, wanted = (_norms(share, graft, x) for x in (u, targets))
-        u = {
-            # a direction of length zero stays zero: dividing by a tiny number gives 0 * inf
-            key: x * (wanted[key] / jnp.where(lengths[key] > 0, lengths[key], 1)).astype(x.dtype)
-            for key, x in u.items()
+        pairs = {
+            key: jnp.stack([applied.squares[key], _squares(targets[key])], axis=1) for key in u
         }
+        for key, found in _norms(share, graft, pairs).items():
+            # a direction of length zero stays zero: dividing by a tiny number gives 0 * inf
+            scale = found[:, 1] / jnp.where(found[:, 0] > 0, found[:, 0], 1)
+            u[key] = u[key] * _rows(scale, u[key])
     part = timing.blend(now.count, s.options.timing)
     if part is not None:
         u = {key: _blended(x, targets[key], part) for key, x in u.items()}
     return out, {key: jnp.where(now.usable, x, 0) for key, x in u.items()}
-
-
-def _same(x: Stacks) -> Stacks:
-    return dict(x)
 
 
 def _blended(u: jax.Array, d: jax.Array, part: jax.Array) -> jax.Array:
@@ -128,13 +125,21 @@ def _blended(u: jax.Array, d: jax.Array, part: jax.Array) -> jax.Array:
     return jnp.where(part > 0, part * u + (1 - part) * d, d)
 
 
-def _over(x: Stacks, norms: Stacks, floor: float) -> Stacks:
-    return {key: a / (norms[key].astype(a.dtype) + floor) for key, a in x.items()}
+def _unit(share: "Share", graft: Graft, x: Stacks) -> Stacks:
+    norms = _norms(share, graft, {key: _squares(a)[:, None] for key, a in x.items()})
+    return {key: a / (_rows(norms[key][:, 0], a) + 1e-16) for key, a in x.items()}
 
 
-def _norms(share: "Share", graft: Graft, x: Stacks) -> dict[str, Any]:
-    """Per block the joint norm of its owner's blocks (or its own), ready to multiply the stack."""
-    sums = {key: jnp.sum(a * a, axis=tuple(range(1, a.ndim))) for key, a in x.items()}
-    if graft.per == "parameter":
-        sums = share.by_owner(sums)
-    return {key: jnp.sqrt(v).reshape((-1,) + (1,) * (x[key].ndim - 1)) for key, v in sums.items()}
+def _squares(x: jax.Array) -> jax.Array:
+    return jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
+
+
+def _norms(share: "Share", graft: Graft, squares: Stacks) -> Stacks:
+    """Joint norms of the blocks of an owner, or of every block alone, from squares ``(size, k)``."""
+    sums = share.by_owner(squares) if graft.per == "parameter" else squares
+    return {key: jnp.sqrt(x) for key, x in sums.items()}
+
+
+def _rows(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Numbers by block, ready to multiply the stack."""
+    return x.astype(like.dtype).reshape((-1,) + (1,) * (like.ndim - 1))

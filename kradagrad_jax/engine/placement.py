@@ -37,6 +37,11 @@ class Share(NamedTuple):
     single: frozenset[str]
     axes: tuple[str, ...]
 
+    def number_of(self, flags: dict[str, jax.Array]) -> jax.Array:
+        """How many blocks of all devices have a flag, int32."""
+        counts = {key: jnp.sum(x).astype(jnp.int32) for key, x in flags.items()}
+        return self.total(counts, jnp.zeros((), jnp.int32))
+
     def total(self, parts: dict[str, jax.Array], zero: jax.Array) -> jax.Array:
         """Sum of what the buckets of all devices contribute."""
         same = sum((x for key, x in parts.items() if key in self.single), start=zero)
@@ -44,48 +49,47 @@ class Share(NamedTuple):
         return same + (jax.lax.psum(own, self.axes) if self.axes else own)
 
     def by_owner(self, values: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Per row of each bucket the sum of the values of all rows of its owner."""
-        dtypes = [x.dtype for x in values.values()]
-        wide = max(dtypes, key=lambda d: jnp.finfo(d).bits) if dtypes else jnp.float32
-        zero = jnp.zeros(self.number, wide)
+        """Per row of each bucket the sum of the values ``(size, k)`` of all rows of its owner."""
+        if not values:
+            return {}
+        wide = max((x.dtype for x in values.values()), key=lambda d: jnp.finfo(d).bits)
+        zero = jnp.zeros((self.number, next(iter(values.values())).shape[1]), wide)
         sums = {key: zero.at[self.owners[key]].add(x.astype(wide)) for key, x in values.items()}
         joint = self.total(sums, zero)
         return {key: joint[self.owners[key]] for key in values}
 
 
 def on_shares(
-    s: Static, work: Callable[..., tuple[Any, dict[str, jax.Array]]], now: Now, *stacks: Trees
+    s: Static, work: Callable[..., tuple[Any, jax.Array]], now: Now, *stacks: Trees
 ) -> tuple[Any, jax.Array]:
     """Runs ``work`` on every device's share of the stacks.
 
     Args:
       s: the static part of the update.
-      work: ``(share, now, *stacks) -> (trees by bucket, counts by bucket)``; counts are int32.
+      work: ``(share, now, *stacks) -> (trees by bucket, counted)``, a scalar that is the same on
+        all devices.
       now: scalars, the same on all devices.
       *stacks: by bucket, filled up and divided.
 
     Returns:
-      The trees, and the sum of the counts over all blocks.
+      The trees, and what was counted.
 
     Raises:
       ValueError: ``work`` uses traced arrays on Explicit axes other than its arguments.
     """
     owners, number = s.owners()
-    zero = jnp.zeros((), jnp.int32)
     rows = {key: jnp.asarray(x) for key, x in owners.items()}
     single = frozenset(b.key for b in s.plan.buckets if b.size == 1)
     if s.split is None:
-        share = Share(rows, number, single, ())
-        out, counts = work(share, now, *stacks)
-        return out, share.total(counts, zero)
+        return work(Share(rows, number, single, ()), now, *stacks)
     split = s.split
     traced = {k: v for k, v in now._asdict().items() if isinstance(v, jax.Array)}
     specs = {key: PartitionSpec() if key in single else split.parts for key in owners}
+    rows = {key: split.place(x, specs[key]) for key, x in rows.items()}
 
     def run(traced: dict[str, jax.Array], rows: Trees, *stacks: Trees) -> tuple[Any, jax.Array]:
         share = Share(rows, number, single, split.axes)
-        out, counts = work(share, now._replace(**traced), *stacks)
-        return out, share.total(counts, zero)
+        return work(share, now._replace(**traced), *stacks)
 
     given = tuple({key: specs[key] for key in tree} for tree in (rows, *stacks))
     try:
@@ -188,48 +192,72 @@ def spread(s: Static, kept: dict[str, Kept]) -> dict[str, Kept]:
     }
 
 
-def on_all(
-    s: Static, use: Callable[..., Any], now: Now, kept: dict[str, Kept], blocks: Trees
-) -> tuple[dict[str, Kept], Trees, jax.Array]:
-    """Applies preconditioners to all blocks on every device, after collecting what that reads.
+def held(s: Static, old: dict[str, Kept], new: dict[str, Kept]) -> dict[str, Kept]:
+    """What every device holds is collected, in one go, at the steps at which any of it changed.
 
     Args:
       s: the static part of the update.
-      use: ``(share, now, kept, blocks) -> ({bucket: (kept, directions)}, counts)``.
+      old: what was kept, where it belongs.
+      new: the same after a change of clocks and factors, divided.
+
+    Returns:
+      ``new``, where it belongs.
+    """
+    assert s.split is not None
+    split = s.split
+    before: dict[tuple[str, int], jax.Array] = {}
+    parts, out = dict(before), {b.key: jax.tree.flatten(new[b.key]) for b in s.plan.buckets}
+    for b in s.plan.buckets:
+        leaves = out[b.key][0]
+        moments = [x is not None for x in (new[b.key].mu, new[b.key].nu)]
+        first = len(leaves) - sum(moments)  # averages and squares are nobody's to change here
+        leaves[first:] = jax.tree.leaves(old[b.key])[first:]
+        own = [i for i, w in enumerate(_whole(s, b)[:first]) if w and b.size > 1]
+        parts |= {(b.key, i): leaves[i] for i in own}
+        before |= {(b.key, i): jax.tree.leaves(old[b.key])[i] for i in own}
+    if parts:
+        moved = [jnp.any(x != split.place(before[i], split.parts)) for i, x in parts.items()]
+        now = jax.lax.cond(
+            jnp.any(jnp.stack(moved)), lambda: list(_gathered(split, parts).values()),
+            lambda: [split.whole(x) for x in before.values()],
+        )  # fmt: skip
+        for (key, i), x in zip(parts, now, strict=True):
+            out[key][0][i] = x
+    return {key: treedef.unflatten(leaves) for key, (leaves, treedef) in out.items()}
+
+
+def on_all(
+    s: Static, use: Callable[..., Any], now: Now, kept: dict[str, Kept], blocks: Trees
+) -> tuple[dict[str, Kept], Trees, jax.Array]:
+    """Applies preconditioners to all blocks on every device.
+
+    Args:
+      s: the static part of the update.
+      use: ``(share, now, kept, blocks) -> ({bucket: (kept, directions)}, counted)``.
       now: scalars.
-      kept: what is kept, divided.
+      kept: what is kept, where it belongs.
       blocks: gradients of all blocks.
 
     Returns:
-      What is kept, where it belongs; directions; the sum of the counts.
+      What is kept, where it belongs; directions; what was counted.
     """
-    assert s.split is not None
-    parts: dict[tuple[str, int], jax.Array] = {}
-    flat = {b.key: jax.tree.flatten(kept[b.key]) for b in s.plan.buckets}
-    whole = {b.key: _whole(s, b) for b in s.plan.buckets}
-    for b in s.plan.buckets:
-        if b.size > 1:
-            parts |= {(b.key, i): flat[b.key][0][i] for i, w in enumerate(whole[b.key]) if w}
-    for (key, i), x in (_gathered(s.split, parts) if parts else {}).items():
-        flat[key][0][i] = x
     given = {}
     for b in s.plan.buckets:
-        leaves, treedef = flat[b.key]
+        leaves, treedef = jax.tree.flatten(kept[b.key])
         blank = jax.tree.leaves(new_kept(s, b, 1))
         given[b.key] = treedef.unflatten(
             x[: b.size] if w else jnp.broadcast_to(y, (b.size, *y.shape[1:]))
-            for x, y, w in zip(leaves, blank, whole[b.key], strict=True)
+            for x, y, w in zip(leaves, blank, _whole(s, b), strict=True)
         )
     owners, number = s.owners()
     rows = {b.key: jnp.asarray(owners[b.key][: b.size]) for b in s.plan.buckets}
     share = Share(rows, number, frozenset(rows), ())
-    out, counts = use(share, now, given, blocks)
-    kept = {key: treedef.unflatten(leaves) for key, (leaves, treedef) in flat.items()}
+    out, counted = use(share, now, given, blocks)
+    kept = dict(kept)
     for b in s.plan.buckets:
         mu, nu = (_filled(x, s.length(b)) for x in (out[b.key][0].mu, out[b.key][0].nu))
         kept[b.key] = kept[b.key]._replace(mu=mu, nu=nu)
-    total = share.total(counts, jnp.zeros((), jnp.int32))
-    return kept, {key: x[1] for key, x in out.items()}, total
+    return kept, {key: x[1] for key, x in out.items()}, counted
 
 
 def _filled(x: Any, size: int) -> Any:
@@ -262,10 +290,13 @@ def _whole(s: Static, bucket: Bucket) -> list[bool]:
     factor = jax.eval_shape(lambda: s.new_factor(bucket))
     count = jax.ShapeDtypeStruct((), jnp.int32)
     gradient = jax.ShapeDtypeStruct(bucket.shape, bucket.dtype)
-    apply = s.method(bucket).precondition
-    jaxpr = jax.make_jaxpr(apply)(factor, gradient, Step(count, count, count, count))
+    method = s.method(bucket)
+    step = Step(count, count, count, count)
+    jaxpr = jax.make_jaxpr(method.precondition)(factor, gradient, step)
     read = {id(v) for equation in jaxpr.eqns for v in equation.invars}
     read |= {id(v) for v in jaxpr.jaxpr.outvars}
-    own = [id(v) in read for v in jaxpr.jaxpr.invars[: len(jax.tree.leaves(factor))]]
-    clocks = len(jax.tree.leaves(kept.clock))
-    return [True] * clocks + own + [True] * (number - clocks - len(own))
+    own = [id(v) in read for v in jaxpr.jaxpr.invars]
+    # a direction that vanishes is a fault only once there is a preconditioner: see apply
+    clock = [own[-2] or method.refresh is None, own[-1] or method.refresh is not None]
+    arrays = len(jax.tree.leaves(factor))
+    return clock + own[:arrays] + [True] * (number - len(clock) - arrays)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kradagrad_jax.engine import timing as timing_lib
-from kradagrad_jax.engine.fold import Counts, each, finite, keep, step_of
+from kradagrad_jax.engine.fold import Flags, each, finite, keep, step_of
 from kradagrad_jax.engine.plan import Bucket
 from kradagrad_jax.engine.state import Clock, Kept
 from kradagrad_jax.engine.static import Static
@@ -17,8 +17,8 @@ from kradagrad_jax.factors.method import BlockMethod
 
 
 def refresh(
-    s: Static, now: Now, kept: dict[str, Kept], statistics: Any, taken: Counts
-) -> tuple[dict[str, Kept], Counts]:
+    s: Static, now: Now, kept: dict[str, Kept], statistics: Any, taken: Flags
+) -> tuple[dict[str, Kept], Flags]:
     """Refreshes what is due, then folds the statistics in a second time where a method asks.
 
     A block is refreshed for the first time at the first step at which it has a statistic.
@@ -31,7 +31,7 @@ def refresh(
       taken: which blocks accepted one, by bucket.
 
     Returns:
-      What is kept now, and by bucket the number of new factors that were not finite (int32).
+      What is kept now, and by bucket, whose new factor was not finite.
     """
     out, rejected = dict(kept), {}
     tables = _tables(s, now)
@@ -41,14 +41,14 @@ def refresh(
             out[key], rejected[key] = _renewed(s, now, method, out[key], tables.get(key))
         if method.correct is not None and key in statistics:
             out[key], bad = _corrected(method, now, out[key], statistics[key], taken[key])
-            rejected[key] = rejected.get(key, 0) + bad
+            rejected[key] = rejected.get(key, False) | bad
     return out, rejected
 
 
 def _renewed(
     s: Static, now: Now, method: BlockMethod, old: Kept, table: np.ndarray | None
 ) -> tuple[Kept, jax.Array]:
-    """A bucket after the refreshes of this step; the number of those undone."""
+    """A bucket after the refreshes of this step; which were undone."""
     ready = now.usable & (old.clock.statistics > 0)
     timing = s.options.timing
     begins = ready & (old.clock.refreshes == 0) & timing_lib.may_refresh(now.count, timing)
@@ -58,15 +58,15 @@ def _renewed(
         late = now.usable & timing_lib.may_refresh(now.count - 1, timing)
         new, bad = _when(jnp.any(turn >= 0) & late, _turns, method, now, old, turn)
         first, more = _when(jnp.any(begins), _all, method, now, new, begins)
-        return first, bad + more
+        return first, bad | more
     due = begins | (ready & timing_lib.refresh_due(now.count, now.refresh_every, timing))
     return _when(jnp.any(due), _all, method, now, old, due)
 
 
 def _when(condition: jax.Array, change: Any, *args: Any) -> tuple[Kept, jax.Array]:
     """``change(*args)`` under ``lax.cond``; the third argument is what passes through else."""
-    zero = jnp.zeros((), jnp.int32)
-    return jax.lax.cond(condition, lambda: change(*args), lambda: (args[2], zero))
+    none = jnp.zeros(args[2].clock.statistics.shape, bool)
+    return jax.lax.cond(condition, lambda: change(*args), lambda: (args[2], none))
 
 
 def _all(method: BlockMethod, now: Now, old: Kept, due: jax.Array) -> tuple[Kept, jax.Array]:
@@ -83,7 +83,7 @@ def _all(method: BlockMethod, now: Now, old: Kept, due: jax.Array) -> tuple[Kept
     factor, done = in_parts(some, old.factor, old.clock, due)
     clock = old.clock._replace(refreshes=old.clock.refreshes + done.astype(jnp.int32))
     kept = old._replace(clock=clock, factor=factor)
-    return kept, jnp.sum(due & ~done).astype(jnp.int32)
+    return kept, due & ~done
 
 
 PART = 2**23  # numbers of factors that are refreshed at once: 32 MB in float32
@@ -152,7 +152,8 @@ def _turns(method: BlockMethod, now: Now, old: Kept, turn: jax.Array) -> tuple[K
     clock, factor = jax.tree.map(
         put, (old.clock, old.factor), (new.clock, new.factor), (part.clock, part.factor)
     )
-    return old._replace(clock=clock, factor=factor), bad
+    undone = jnp.zeros(old.clock.statistics.shape, bool).at[at].set(bad, mode="drop")
+    return old._replace(clock=clock, factor=factor), undone
 
 
 def _corrected(
@@ -165,10 +166,9 @@ def _corrected(
         step = step_of(now, old.clock.statistics, old.clock.refreshes)
         new = each(method.correct, old.factor, statistic, step=step)
         good = finite(new, old.factor)
-        return keep(taken & good, new, old.factor), jnp.sum(taken & ~good).astype(jnp.int32)
+        return keep(taken & good, new, old.factor), taken & ~good
 
-    zero = jnp.zeros((), jnp.int32)
-    factor, bad = jax.lax.cond(jnp.any(taken), change, lambda: (old.factor, zero))
+    factor, bad = jax.lax.cond(jnp.any(taken), change, lambda: (old.factor, jnp.zeros_like(taken)))
     return old._replace(factor=factor), bad
 
 

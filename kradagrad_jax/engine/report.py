@@ -177,6 +177,9 @@ def _rows(record: Record) -> list[Row]:
                     nbytes += one * slot.count
                     n = slot.count // max(len(group.indices), 1)
                     per_leaf[bucket.shape] = per_leaf.get(bucket.shape, 0) + n
+            if s.plan.joined:  # of the one block its share
+                nbytes = one * math.prod(group.merged) // math.prod(bucket.shape)
+                per_leaf = {bucket.shape: 1}
         blocks = " + ".join(f"{n} of {_show(shape)}" for shape, n in per_leaf.items())
         rows += _covered(group, packing, blocks, nbytes)
     uncovered: dict[tuple[Shape, str], list[str]] = {}
@@ -190,6 +193,7 @@ def _rows(record: Record) -> list[Row]:
     how = o.leaf_graft.kind if o.leaf_graft else ("own fallback" if o.runs_fallback else "identity")
     for (shape, reason), paths in uncovered.items():
         nbytes = 4 * kept * len(paths) * math.prod(shape)
+        reason = "no layer" if packing else reason
         rows.append(Row(tuple(paths), shape, how, "-", reason, nbytes))
     return rows
 
@@ -200,6 +204,8 @@ def _covered(group: Leaves, packing: Packing | None, blocks: str, nbytes: int) -
     ]
     treated = "x".join(modes) + (f", {group.stack} stacked" if group.stack > 1 else "")
     why = "; ".join(dict.fromkeys(r for r in group.reasons if r))
+    if not group.tiles:
+        treated = "part of one vector"
     if packing is None:
         return [Row(group.paths, group.shape, treated, blocks, why, nbytes)]
     paths = tuple(p.removeprefix(f"{LAYERS}/") for p in group.paths)

@@ -9,7 +9,7 @@ import optax
 from kradagrad_jax.engine import placement, rest, timing, trees
 from kradagrad_jax.engine.apply import apply
 from kradagrad_jax.engine.cut import cut, paste
-from kradagrad_jax.engine.fold import fold
+from kradagrad_jax.engine.fold import fold, per_block
 from kradagrad_jax.engine.graft import lengthen
 from kradagrad_jax.engine.layout import factor_dtype_of
 from kradagrad_jax.engine.placement import Share
@@ -66,17 +66,20 @@ def _work(
 
     def change(share: Share, now: Now, kept: Stacks, blocks: Stacks, statistics: Stacks) -> Any:
         kept, taken, bad = fold(s, now, kept, blocks, statistics)
-        more = {}
-        if not last:
-            kept, more = refresh(s, now, kept, statistics, taken)
-        return _zipped(kept, taken), _added(bad, more)
+        if last:
+            return _zipped(kept, taken), share.number_of(bad)
+        kept, more = refresh(s, now, kept, statistics, taken)
+        return _zipped(kept, taken), share.number_of(bad) + share.number_of(more)
 
     def use(share: Share, now: Now, kept: Stacks, blocks: Stacks) -> Any:
-        kept, filtered, u, bad = apply(s, now, kept, blocks)
-        return _zipped(*lengthen(s, share, now, kept, blocks, filtered, u)), bad
+        kept, applied, bad = apply(s, now, kept, blocks)
+        return _zipped(*lengthen(s, share, now, kept, blocks, applied)), share.number_of(bad)
 
     def close(share: Share, now: Now, kept: Stacks, taken: Stacks, statistics: Stacks) -> Any:
-        return refresh(s, now, kept, statistics, taken) if last else (kept, {})
+        if not last:
+            return kept, 0
+        kept, bad = refresh(s, now, kept, statistics, taken)
+        return kept, share.number_of(bad)
 
     def sentence(share: Share, now: Now, kept: Stacks, blocks: Stacks, statistics: Stacks) -> Any:
         parts, bad = change(share, now, kept, blocks, statistics)
@@ -84,7 +87,7 @@ def _work(
         parts, more = use(share, now, kept, blocks)
         kept, u = _unzipped(parts)
         kept, late = close(share, now, kept, taken, statistics)
-        return _zipped(kept, u), _added(_added(bad, more), late)
+        return _zipped(kept, u), bad + more + late
 
     mine, own = (placement.divided(s.split, x) for x in (blocks, statistics))
     if not placement.shared(s):
@@ -92,12 +95,11 @@ def _work(
         kept, u = _unzipped(parts)
         return placement.place(s, kept), placement.collected(s, u), bad
     parts, bad = placement.on_shares(s, change, now, placement.spread(s, kept), mine, own)
-    kept, taken = _unzipped(parts)
-    kept, u, more = placement.on_all(s, use, now, kept, blocks)
+    new, taken = _unzipped(parts)
+    kept, u, more = placement.on_all(s, use, now, placement.held(s, kept, new), blocks)
     if last:
-        kept = placement.spread(s, kept)
-        kept, late = placement.on_shares(s, close, now, kept, taken, own)
-        more = more + late
+        new, late = placement.on_shares(s, close, now, placement.spread(s, kept), taken, own)
+        kept, more = placement.held(s, kept, new), more + late
     return placement.place(s, kept), u, bad + more
 
 
@@ -107,11 +109,6 @@ def _zipped(a: Stacks, b: Stacks) -> Stacks:
 
 def _unzipped(pairs: Stacks) -> tuple[Stacks, Stacks]:
     return {key: x[0] for key, x in pairs.items()}, {key: x[1] for key, x in pairs.items()}
-
-
-def _added(a: Stacks, b: Stacks) -> Stacks:
-    """Sum of two sets of counts by bucket."""
-    return {key: a.get(key, 0) + b.get(key, 0) for key in a | b}
 
 
 def _whole(s: Static, arrays: Any) -> Any:
@@ -128,7 +125,7 @@ def _usable(s: Static, blocks: Stacks, leaves: list[jax.Array]) -> jax.Array:
     One reduction per bucket and one over all other leaves: a reduction per leaf would be copied
     into the kernel of every leaf, and compile time would grow with the square of the depth.
     """
-    sums = [jnp.sum(x * x) for x in blocks.values()]
+    sums = [jnp.sum(per_block(x * x, jnp.sum)) for x in blocks.values()]
     wide = [leaves[i].astype(factor_dtype_of(leaves[i].dtype)) for i, *_ in s.plan.uncovered]
     if wide:
         dtype = max((x.dtype for x in wide), key=lambda d: jnp.finfo(d).bits)

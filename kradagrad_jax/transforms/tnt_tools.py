@@ -55,7 +55,7 @@ def tnt_warm_start(state: Any, samples: Any, params: Any, **options: Any) -> Any
         s = static_of(options_of_engine, params, x)
         new = sampled.stacked(s.plan, samples)
         kept, _, bad = fold(s, now, x.kept(), new, new)
-        return x.keeping(kept, rejected=x.rejected + sum(bad.values()))
+        return x.keeping(kept, rejected=x.rejected + sum(jnp.sum(b) for b in bad.values()))
 
     out = jax.tree.map(warmed, state, is_leaf=_is_tnt)
     if not found:

@@ -150,7 +150,7 @@ def test_intervals_may_be_traced(entry, kind):
     assert_close(ours, expected)
     assert_close(new, state)
     assert types(new) == types(state)
-    assert int(optax.tree.get(new, "statistics_count")) == 3
+    assert int(kj.diagnostics(new)["statistics"]) == 3
 
 
 def test_a_schedule_of_refreshes():

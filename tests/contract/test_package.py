@@ -52,12 +52,18 @@ def test_no_private_modules(path):
 
 @pytest.mark.parametrize("path", LIBRARY, ids=name)
 def test_nothing_is_printed_or_logged(path):
-    """But for `curvature`: its check prints a table, and a guess is a warning."""
+    """But for `curvature`: its check prints a table, and a guess is a warning.
+
+    The engine warns of one thing, once: of stacked layers that the layout does not know.
+    """
     if path.parent.name == "curvature":
         return
+    warned = 0
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
-            assert dotted(node.func) not in ("print", "jax.debug.print", "warnings.warn")
+            assert dotted(node.func) not in ("print", "jax.debug.print")
+            warned += dotted(node.func) == "warnings.warn"
+    assert warned == (name(path) == "engine/transform.py")
     assert "logging" not in set(imports(path))
 
 

@@ -110,16 +110,32 @@ def test_every_rank_in_numbers(entry):
 
 @over_entries
 def test_map_params(entry):
-    """Reaches everything that depends on parameters and nothing that counts."""
+    """All of our state is stacks of blocks, which belong to no single parameter."""
     tx, init, _ = compiled(entry.name)
-    state = init(params_like())
+    params = params_like()
+    state = init(params)
     assert_equal(optax.tree.map_params(tx, lambda v: v, state), state)
-    mapped = optax.tree.map_params(tx, lambda v: jnp.full_like(v, 7), state)
-    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(mapped), strict=True):
-        if new.dtype == jnp.int32:
-            assert_equal(new, old)
+
+    def sevens(x, like):  # whatever else is in the chain is shaped like the parameters
+        assert x.shape == like.shape
+        return jnp.full_like(x, 7)
+
+    def threes(tree):
+        return jax.tree.map(lambda x: jnp.full_like(x, 3), tree)
+
+    mapped = optax.tree.map_params(tx, sevens, state, params, transform_non_params=threes)
+    assert types(mapped) == types(state)
+    ours = [is_ours(x) for x in jax.tree.leaves(mapped, is_leaf=is_ours)]
+    assert any(ours)
+    for new in jax.tree.leaves(mapped, is_leaf=is_ours):
+        if is_ours(new):
+            assert {float(v) for x in jax.tree.leaves(new) for v in np.ravel(x)} == {3.0}
         else:
-            assert np.all(np.asarray(new) == 7)
+            assert np.all(np.asarray(new) == (3 if new.dtype == jnp.int32 else 7))
+
+
+def is_ours(x):
+    return isinstance(x, kj.BlockState)
 
 
 @over_entries
@@ -195,7 +211,7 @@ def test_flattening_leaves_one_long_vector():
 def test_regular_expressions_see_slash_joined_paths():
     layout = kj.Layout(include="layer/kernel", vectors="block")
     params = {"layer": {"kernel": jnp.ones(W), "bias": jnp.ones(B)}, "head": [jnp.ones(W)]}
-    text = str(kj.describe(params, layout))
+    text = str(kj.describe(kj.shampoo(0.1, layout=layout), params))
     assert "layer/kernel" in text
     assert "head/0" in text
     assert text.count("excluded") == 2

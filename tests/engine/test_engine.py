@@ -7,7 +7,6 @@ import optax
 import pytest
 
 import kradagrad_jax as kj
-from kradagrad_jax.engine import timing as timing_lib
 
 
 def params_and_grads(n=6, seed=0):
@@ -29,9 +28,26 @@ def run(tx, params, grads):
     return out, state
 
 
-def due(every, timing, steps=25, kind="refresh_due"):
-    f = getattr(timing_lib, kind)
-    return [t for t in range(1, steps) if bool(f(jnp.asarray(t), every, timing))]
+STILL = kj.BlockMethod(
+    init=lambda shape, dtype: jnp.zeros((), dtype),
+    accumulate=lambda factor, statistic, step: factor,
+    refresh=lambda factor, step: factor,
+    precondition=lambda factor, g, step: g,
+)
+
+
+def due(every, timing, steps=25, kind="refreshes"):
+    """At which steps the clock of a block that never lacks a gradient goes on."""
+    intervals = {"refresh_every": every} if kind == "refreshes" else {"statistics_every": every}
+    tx = kj.scale_by_blocks(STILL, timing=timing, **intervals)
+    params = {"w": jnp.ones((2, 2))}
+
+    def step(state, _):
+        new = tx.update(params, state)[1]
+        return new, getattr(new.clock["2x2"], kind)[0]
+
+    _, seen = jax.lax.scan(step, tx.init(params), length=steps - 1)
+    return (1 + np.flatnonzero(np.diff(np.concatenate([[0], seen])))).tolist()
 
 
 def test_due_steps():
@@ -40,7 +56,7 @@ def test_due_steps():
     assert due(4, kj.Timing(start=3, phase=0)) == [3, 4, 8, 12, 16, 20, 24]
     assert due(4, kj.Timing(start=3, phase=0, first_refresh=4)) == [4, 8, 12, 16, 20, 24]
     assert due(1, kj.Timing(start=3)) == list(range(3, 25))
-    assert due(10, kj.Timing(), kind="statistics_due") == [1, 11, 21]
+    assert due(10, kj.Timing(), kind="statistics") == [1, 11, 21]
 
 
 def test_interval_may_be_traced_or_a_function_of_the_count():
@@ -246,5 +262,6 @@ def test_state_bytes_follow_the_documented_formula(shape):
             f.statistics[0].shape[0] * 2 * sum(int(n) ** 2 for n in key.split("x")) * 4
             for key, f in blocks.items()
         )
-        counts = 4 * 4
+        clocks = sum(8 * f.statistics[0].shape[0] for f in blocks.values())
+        counts = 4 * 3 + 4 + clocks  # of updates, skipped, rejected; the meaning; per block
         assert sum(x.nbytes for x in jax.tree.leaves(state)) == expected + counts

@@ -34,8 +34,13 @@ def test_blocks_come_first_mode_slowest():
 
 
 def test_describe_names_every_parameter():
-    text = str(kj.describe(tree(), kj.Layout(block_size=4, stacked="stacked")))
-    for expected in ("w", "stacked", "fallback (vector)", "fallback (scalar)", "fallback (empty)"):
-        assert expected in text
-    shapes = jax.eval_shape(tree)
-    assert str(kj.describe(shapes, kj.Layout(block_size=4, stacked="stacked"))) == text
+    tx = kj.shampoo(0.1, layout=kj.Layout(block_size=4, stacked="stacked"))
+    found = kj.describe(tx, tree())
+    assert [name for row in found.rows for name in row.paths] == sorted(tree())
+    treated = {row.paths[0]: (row.treated, row.blocks, row.why) for row in found.rows}
+    assert treated["stacked"] == ("4x5, 3 stacked", "3 of 4x2 + 3 of 4x3", "")
+    assert treated["k"][:2] == ("6x10", "4 of 3x3 + 2 of 3x4")
+    for name, why in {"v": "vector", "scalar": "scalar", "row": "vector", "empty": "empty"}.items():
+        assert treated[name] == ("adam", "-", why)
+    assert all(name in str(found) for name in tree())
+    assert str(kj.describe(tx, jax.eval_shape(tree))) == str(found)
