@@ -4,10 +4,11 @@
 # # Composing: your own statistic and factor
 #
 # A method of this package is four pure functions on one block of a parameter. The engine does the
-# rest: it cuts parameters into blocks, maps the functions over stacks of them, times the refreshes,
-# averages gradients, takes the length of the step from another method (grafting), undoes what is
-# not finite. Here a method is written that the package does not have, *one-sided* Shampoo: it
-# whitens the shorter side of every matrix alone,
+# rest: it cuts parameters into blocks, maps the functions over stacks of them, counts their
+# statistics, times the refreshes, averages gradients, takes the length of the step from another
+# method (grafting), undoes what is not finite. Here a method is written from nothing, *one-sided*
+# Shampoo (also built in: `kj.scale_by_shampoo(exponent="one_sided")`): it whitens the shorter side
+# of every matrix alone,
 #
 # $$S \leftarrow \beta S + (1 - \beta)\, G G^T, \qquad u = (S + \rho)^{-1/2} G.$$
 #
@@ -67,7 +68,7 @@ def one_sided(beta=0.99, damping=1e-6):
         return factor._replace(statistic=beta * factor.statistic + (1 - beta) * new)
 
     def refresh(factor, step):
-        mean = factor.statistic / (1 - beta**step.statistics_count)
+        mean = factor.statistic / (1 - beta**step.statistics)
         return factor._replace(root=linalg.symmetric_power(mean, -0.5, damping))
 
     def precondition(factor, g, step):
@@ -190,7 +191,7 @@ def input_inverse(beta=0.95, damping=1e-3):
         return factor._replace(statistic=beta * factor.statistic + (1 - beta) * new)
 
     def refresh(factor, step):
-        mean = factor.statistic / (1 - beta**step.statistics_count)
+        mean = factor.statistic / (1 - beta**step.statistics)
         return factor._replace(root=linalg.symmetric_power(mean, -1.0, damping))
 
     def precondition(factor, g, step):
@@ -221,8 +222,9 @@ plt.show()
 # ## What to try next
 #
 # * `RATE = 3e-2` for AdamW, `damping=` and `beta=` of the method.
-# * `kj.describe(params)` prints the blocks; `layout=kj.Layout(block_size=16)` cuts smaller ones,
-#   and `sharding=` spreads them over devices (`05_mesh`), both without a change of the method.
+# * `print(kj.describe(tx, params))` shows blocks and bytes; `layout=kj.Layout(block_size=16)` cuts
+#   smaller ones, `sharding=` spreads them over devices (`05_mesh`), both without a change of the
+#   method. `kj.diagnostics(state)` has their counts and the norms of their factors.
 # * Several methods in one transformation: `kj.Layout(group=...)` with a dict of methods, or
 #   `optax.partition`.
 # * How the package's own methods are written: `kradagrad_jax/factors`, one file each.

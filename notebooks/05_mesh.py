@@ -8,7 +8,7 @@
 # of a mesh axis: each holds, folds in and refreshes its share. Here eight devices are simulated on
 # the CPU; a TPU on Colab (v5e-8, v2-8) has eight real ones, which the same code takes, untried.
 #
-# **What you should see:** every device holds an eighth of the factors, the losses with and without
+# **What you should see:** every device holds an eighth of the state, the losses with and without
 # a mesh are the same to rounding, and one all-gather per step is what the optimizer adds. Do not
 # look at the time: eight simulated devices share the cores of one machine.
 
@@ -110,8 +110,8 @@ print(f"largest relative difference between the losses: {difference:.1e}")
 # %% [markdown]
 # ## Where each array lies
 #
-# The sixteen blocks are one stack, and every device has two of them. The averages `mu` and `nu` lie
-# where the parameters lie, here on all devices. (The numbers that count steps are small.)
+# The sixteen blocks are one stack, and every device has two of them, with their factors, averages
+# of gradients (`mu`), squares for the length of the step (`nu`) and clocks.
 
 
 # %%
@@ -147,15 +147,15 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Whole on one device, the state is the left bar. On the mesh a device holds its share of the
-# factors and all of `mu` and `nu`. The all-gather collects the preconditioned gradients; the
-# all-reduces are the average of the gradients over the batch, as with any optimizer, and two single
-# numbers.
+# Whole on one device, the state is the left bar. On the mesh a device holds an eighth of it. The
+# all-gather collects the preconditioned gradients; the all-reduces are the average of the gradients
+# over the batch, as with any optimizer, and a few numbers for the length of the steps and the count
+# of what was undone.
 #
 # ## What to try next
 #
-# * Parameters divided as well (FSDP): `jax.device_put(start, divided)`. `mu` and `nu` then lie like
-#   them.
+# * Parameters divided as well (FSDP): `jax.device_put(start, divided)`. Gradients are then gathered
+#   once per step before they are cut into blocks.
 # * `kj.Sharding("data", mesh, gather="preconditioners")`: one all-gather per refresh in place of
 #   one per step, for more memory.
 # * Several hosts, checkpoints, other numbers of devices: the page on scaling of the documentation.

@@ -86,8 +86,8 @@ def scale_by_blocks(
     if fallback != "identity" and isinstance(fallback, str):
         fallback = Graft(fallback)  # type: ignore[arg-type]
     options = Options(
-        method, _layout_for(method, layout or Layout()), timing, refresh_every, statistics_every, refresh,
-        as_graft(graft), fallback, beta1, average,
+        method, _layout_for(method, layout or Layout()), timing, refresh_every, statistics_every,
+        refresh, as_graft(graft), fallback, beta1, average,
         None if factor_dtype is None else jnp.dtype(factor_dtype),
         None if mu_dtype is None else jnp.dtype(mu_dtype), source, sharding,
     )  # fmt: skip
