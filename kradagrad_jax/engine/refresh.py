@@ -1,5 +1,6 @@
 """Refreshes the blocks whose turn it is, and corrects them in their new basis."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -108,26 +109,28 @@ def in_parts(
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((part, *x.shape[1:]), x.dtype), factor)
     changes = _changed(some, jax.tree.map(lambda x: x[:part], clock), shapes, due[:part])
 
-    def turn(i: Any, carry: tuple[list[jax.Array], jax.Array]) -> Any:
-        start = jnp.minimum(i * part, size - part)  # the last part overlaps: what is read is old
+    put = jax.lax.dynamic_update_slice_in_dim
 
-        def rows(x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, start, part)
-
-        new, done = some(jax.tree.map(rows, clock), jax.tree.map(rows, factor), rows(due))
-        own = [x for x, c in zip(jax.tree.leaves(new), changes, strict=True) if c]
-        put = jax.lax.dynamic_update_slice_in_dim
-        values, flags = carry
-        return [put(v, x, start, 0) for v, x in zip(values, own, strict=True)], put(
-            flags, done, start, 0
+    def merged(values: list[jax.Array]) -> Any:
+        own = iter(values)
+        return treedef.unflatten(
+            [next(own) if c else x for x, c in zip(leaves, changes, strict=True)]
         )
+
+    def turn(i: Any, carry: tuple[list[jax.Array], jax.Array]) -> Any:
+        values, flags = carry
+        start = jnp.minimum(i * part, size - part)
+        rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=part)
+        ahead = start + jnp.arange(part) >= i * part  # the last part overlaps with the one before
+        old = jax.tree.map(rows, (clock, merged(values)))
+        new, done = some(*old, rows(due) & ahead)
+        own = [x for x, c in zip(jax.tree.leaves(new), changes, strict=True) if c]
+        values = [put(v, x, start, 0) for v, x in zip(values, own, strict=True)]
+        return values, put(flags, rows(flags) | done, start, 0)
 
     own = [x for x, c in zip(leaves, changes, strict=True) if c]
     values, done = jax.lax.fori_loop(0, -(-size // part), turn, (own, jnp.zeros_like(due)))
-    new = iter(values)
-    return treedef.unflatten(
-        [next(new) if c else x for x, c in zip(leaves, changes, strict=True)]
-    ), done
+    return merged(values), done
 
 
 def _changed(some: Any, clock: Clock, factor: Any, due: jax.Array) -> list[bool]:
