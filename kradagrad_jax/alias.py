@@ -59,8 +59,10 @@ def _complete(
 def _held(chain: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """The chain, without the moves of its other parts where the first one skips a step."""
 
+    run: Callable[..., tuple[Any, Any]] = chain.update
+
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        out, new = chain.update(updates, state, params, **extra)
+        out, new = run(updates, state, params, **extra)
         moves = new[0].skipped == state[0].skipped
 
         def hold(now: jax.Array, before: jax.Array) -> jax.Array:

@@ -28,8 +28,11 @@ CHECKED = [
         f"kradagrad_jax.factors.{name}"
         for name in ("kfac", "kron", "lowrank", "moving", "roots", "singd", "sirfshampoo", "tnt")
     ),
-    *(f"kradagrad_jax.engine.{name}" for name in ("buckets", "layers", "packing", "report")),
-    *(f"kradagrad_jax.engine.{name}" for name in ("stacks", "step", "timing", "trees")),
+    *(f"kradagrad_jax.engine.{name}" for name in ("cut", "layers", "packing", "report")),
+    *(
+        f"kradagrad_jax.engine.{name}"
+        for name in ("apply", "fold", "refresh", "step", "timing", "trees")
+    ),
 ]
 
 

@@ -288,7 +288,7 @@ def _whole(s: Static, bucket: Bucket) -> list[bool]:
     if bucket.size == 1 or not shared(s):
         return [bucket.size == 1] * number
     factor = jax.eval_shape(lambda: s.new_factor(bucket))
-    count = jax.ShapeDtypeStruct((), jnp.int32)
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32)
     gradient = jax.ShapeDtypeStruct(bucket.shape, bucket.dtype)
     method = s.method(bucket)
     step = Step(count, count, count, count)

@@ -142,8 +142,8 @@ def _changed(some: Any, clock: Clock, factor: Any, due: jax.Array) -> list[bool]
 def _turns(method: BlockMethod, now: Now, old: Kept, turn: jax.Array) -> tuple[Kept, jax.Array]:
     """Refreshes the blocks with the given indices alone; -1 stands for "none"."""
     rows = jnp.where(turn >= 0, turn, turn[0])  # padding repeats a block whose turn it is anyway
-    some = jax.tree.map(lambda x: x[rows], (old.clock, old.factor))
-    part = Kept(*some, None, None)
+    clock, factor = jax.tree.map(lambda x: x[rows], (old.clock, old.factor))
+    part = Kept(clock, factor, None, None)
     due = (turn >= 0) & (part.clock.statistics > 0) & (part.clock.refreshes > 0)
     new, bad = _all(method, now, part, due)
     # what padding repeats must be written once: the copies are sent out of bounds

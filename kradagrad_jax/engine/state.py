@@ -110,10 +110,16 @@ def placeholder(mu: bool, nu: bool, first: bool, second: bool, fallback: bool) -
     ``optax.tree.map_params`` (also with further trees) hands it to ``transform_non_params``. The
     arguments say which fields there are.
     """
-    there = [mu, nu, True, first, second, fallback]
-    values = counts(11)
-    own = [x if t else None for x, t in zip(values[5:], there, strict=True)]
-    return BlockState(*values[:5], *own[:3], Moments(*own[3:5]), own[5])
+
+    def slot(there: bool) -> jax.Array | None:
+        return counts(1)[0] if there else None
+
+    moments = Moments(slot(first), slot(second))
+    count, skipped, rejected, meaning, clock, factors = counts(6)
+    return BlockState(
+        count, skipped, rejected, meaning, clock, slot(mu), slot(nu), factors, moments,
+        slot(fallback),
+    )  # fmt: skip
 
 
 def check_meaning(names: list[str], state: BlockState) -> None:
