@@ -22,7 +22,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import jax.numpy as jnp
 import optax
-from kradagrad_jax.engine.options import plan_of
+from kradagrad_jax.engine.static import plan_of
 
 import kradagrad_jax as kj
 
@@ -114,7 +114,12 @@ def state_bytes(state) -> int:
 def formula_bytes(params, layout: kj.Layout) -> int:
     """Documented size of the factors of Shampoo and KrADagrad*: 2 sum n_i^2 per block."""
     plan = plan_of(params, layout)
-    return sum(b.size * 2 * sum(n * n for n in b.shape) * b.dtype.itemsize for b in plan.buckets)
+    numbers = [
+        sum(n * n for n, f in zip(b.shape, b.factored, strict=True) if f) for b in plan.buckets
+    ]
+    return sum(
+        2 * b.size * n * b.dtype.itemsize for b, n in zip(plan.buckets, numbers, strict=True)
+    )
 
 
 def floor_ms(params, layout: kj.Layout, repeats: int) -> float:

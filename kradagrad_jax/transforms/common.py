@@ -52,8 +52,8 @@ def check_factor_step(lr_cov: Any) -> None:
     """Raises ValueError for a factor step ``K (I - lr_cov m)`` that can make K singular."""
     if isinstance(lr_cov, (int, float)) and not 0 <= lr_cov < 1:
         raise ValueError(
-            f"lr_cov must be at least 0 and below 1, got {lr_cov!r}: a step of 1 takes a direction of "
-            "large curvature out of the factor at once and for good"
+            f"lr_cov must be at least 0 and below 1, got {lr_cov!r}: a step of 1 takes a direction "
+            "of large curvature out of the factor at once and for good"
         )
 
 
