@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from kradagrad_jax.factors.method import BlockMethod, Grams, Rows, Step
 from kradagrad_jax.factors.numbers import at_step, corrected_share
-from kradagrad_jax.linalg import damped_inverse, eigh, matmul, sr_update, svd
+from kradagrad_jax.linalg import damped_inverse, eigh, matmul, multiply_modes, sr_update, svd
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -99,18 +99,18 @@ def kfac_method(o: KfacOptions) -> BlockMethod:
 
     def precondition(factor: KfacFactor, g: jax.Array, step: Step) -> jax.Array:
         if o.damping_rule == "factored":
-            left, right = factor.inverses
-            if o.inverse == "eigh":
-                g = _rotate(factor.vectors, g)
-                return _rotate(factor.vectors, left[:, None] * g * right[None, :], back=True)
-            return _times(left, g) if right.ndim == 1 else matmul(_times(left, g), right)
+            if o.inverse == "cholesky":
+                return multiply_modes(g, factor.inverses)
+            turned = multiply_modes(g, factor.vectors, transposed=True)
+            return multiply_modes(multiply_modes(turned, factor.inverses), factor.vectors)
         values = factor.inverses
         lam = at_step(o.damping, step, g.dtype)
         if o.damping_rule == "relative":
             lam = lam * jnp.max(values[0]) * jnp.max(values[1])
         curvature = values[0][:, None] * values[1][None, :] + lam
-        turned = _rotate(factor.vectors, g) / jnp.where(curvature > 0, curvature, 1)
-        return jnp.where(step.refreshes > 0, _rotate(factor.vectors, turned, back=True), g)
+        turned = multiply_modes(g, factor.vectors, transposed=True)
+        turned = turned / jnp.where(curvature > 0, curvature, 1)
+        return jnp.where(step.refreshes > 0, multiply_modes(turned, factor.vectors), g)
 
     forms = "|".join("diagonal" if short else "full" for short in o.diagonal)
     return BlockMethod(
@@ -193,17 +193,3 @@ def _spectrum(s: jax.Array, form: str) -> tuple[jax.Array, jax.Array | None]:
 
 def _drop_noise(w: jax.Array) -> jax.Array:
     return jnp.where(w <= 1e-10, 0, w)
-
-
-def _times(left: jax.Array, g: jax.Array) -> jax.Array:
-    return left[:, None] * g if left.ndim == 1 else matmul(left, g)
-
-
-def _rotate(vectors: tuple[Any, Any], g: jax.Array, back: bool = False) -> jax.Array:
-    """``Qa^T g Qg``, or back; None stands for the identity."""
-    left, right = vectors
-    if left is not None:
-        g = matmul(left if back else left.T, g)
-    if right is not None:
-        g = matmul(g, right.T if back else right)
-    return g

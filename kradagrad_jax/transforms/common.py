@@ -8,6 +8,7 @@ import optax
 
 from kradagrad_jax.engine import Graft, Layout, Timing, as_graft, scale_by_blocks
 from kradagrad_jax.factors import BlockMethod
+from kradagrad_jax.factors.numbers import is_number
 from kradagrad_jax.transforms.ranges import check
 
 ONE_SIDED = ("one_sided", "shorter", "longer", "input", "output")
@@ -40,17 +41,13 @@ def per_mode(exponent: Any, layout: Layout) -> tuple[Any, Layout]:
     if isinstance(exponent, (tuple, list)):
         orders = {len(exponent): tuple(exponent)}
     zero = {
-        k: tuple(not _is_zero(e) for e in given)
+        k: tuple(not is_number(e, 0) for e in given)
         for k, given in orders.items()
-        if isinstance(given, (tuple, list)) and any(_is_zero(e) for e in given)
+        if isinstance(given, (tuple, list)) and any(is_number(e, 0) for e in given)
     }
     if not zero or layout.modes:
         return exponent, layout
     return exponent, dataclasses.replace(layout, modes=lambda path, shape: zero.get(len(shape)))
-
-
-def _is_zero(exponent: Any) -> bool:
-    return isinstance(exponent, (int, float)) and exponent == 0
 
 
 def diagonal_fallback(graft: Graft, fallback: Any) -> Any:

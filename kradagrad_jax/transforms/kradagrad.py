@@ -7,6 +7,7 @@ import optax
 from kradagrad_jax.engine import Graft, Timing
 from kradagrad_jax.factors import KradOptions, alternating_method, star_method
 from kradagrad_jax.factors.krad import BOUNDS
+from kradagrad_jax.factors.numbers import is_number
 from kradagrad_jax.transforms.arguments import BLOCKS, transformation
 from kradagrad_jax.transforms.common import BLOCK_DEFAULTS, PUBLISHED_LAYOUT, build, per_mode
 from kradagrad_jax.transforms.ranges import Range
@@ -56,10 +57,7 @@ _CHOICES = {
 
 
 def _options(c: dict[str, Any]) -> KradOptions:
-    damping = c["damping"]
-    if c["form"] in ("factored", "exact") and not (
-        isinstance(damping, (int, float)) and damping == 0
-    ):
+    if c["form"] in ("factored", "exact") and not is_number(c["damping"], 0):
         raise ValueError(f"damping is part of the direct form only, not of form={c['form']!r}")
     c["exponent"], c["layout"] = per_mode(c["exponent"], c["layout"])
     return KradOptions(**{name: c[name] for name in KradOptions._fields})

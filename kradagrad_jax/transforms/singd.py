@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,15 +163,6 @@ def pair_of(names: Names) -> Pair:
     return structure(names[0]), structure(names[1])
 
 
-@overload
-def group_of(pair: Pair) -> str: ...
-@overload
-def group_of(pair: None) -> None: ...
-def group_of(pair: Pair | None) -> str | None:
-    """Name of the group of layers that have these structures; None for the fallback."""
-    return None if pair is None else f"{pair[0].name}|{pair[1].name}"
-
-
 def _layer_structures(layer: Any, default: Pair, overrides: Overrides) -> Pair | None:
     """What a layer gets; None: the fallback."""
     if layer.kind == "embed":
@@ -188,26 +179,20 @@ def _build(c: dict[str, Any], adaptive: bool) -> optax.GradientTransformationExt
         raise ValueError("Timing(stagger=True) does not apply: factors move when statistics come")
     spec, default = c["spec"], pair_of(c["structures"])
     pairs = {x.path: _layer_structures(x, default, c["overrides"]) for x in spec.layers}
-    used = {group_of(p): p for p in pairs.values() if p is not None}
+    groups = {path: f"{p[0].name}|{p[1].name}" for path, p in pairs.items() if p is not None}
+    used = {groups[path]: pair for path, pair in pairs.items() if pair is not None}
     dtypes = c["factor_dtype"]
     dtypes = dtypes if isinstance(dtypes, (tuple, list)) else (dtypes, dtypes)
     k_dtype, c_dtype = (None if d is None else jnp.dtype(d) for d in dtypes)
-    options = SingdOptions(
-        adaptive=adaptive,
-        damping=c["damping"],
-        lr_cov=c["lr_cov"],
-        riemannian_momentum=c["riemannian_momentum"],
-        normalize_lr_cov=c["normalize_lr_cov"],
-        second_order=c["second_order"],
-        factor_dtypes=(k_dtype, c_dtype),
-    )
+    numbers = {name: c[name] for name in SingdOptions._fields if name in c and name != "structures"}
+    options = SingdOptions(**numbers, adaptive=adaptive, factor_dtypes=(k_dtype, c_dtype))
     first = c["channels_first"]
     if first is None:
         first = any(pair[0].name not in ("dense", "diagonal") for pair in used.values())
     return scale_by_layers(
         {name: singd_method(options._replace(structures=pair)) for name, pair in used.items()},
         spec,
-        assign=lambda layer: group_of(pairs[layer.path]),
+        assign=lambda layer: groups.get(layer.path),
         form=c["statistics"],
         approx=c["approx"],
         joint_bias=c["joint_bias"],
