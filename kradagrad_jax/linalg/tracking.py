@@ -38,7 +38,7 @@ def refine_eigenbasis(a: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]
     """
     a, q = one_matrix(a, "refine_eigenbasis"), one_matrix(q, "refine_eigenbasis")
     if q.shape != a.shape:
-        raise ValueError(f"refine_eigenbasis takes matrices of one size, got {a.shape}, {q.shape}")
+        raise ValueError(f"expected two square matrices, got shapes {a.shape} and {q.shape}")
     s = symmetrize(matmul(q.T, matmul(a, q)))
     defect = jnp.eye(a.shape[0], dtype=a.dtype) - matmul(q.T, q)
     w = jnp.diagonal(s) / (1.0 - jnp.diagonal(defect))
