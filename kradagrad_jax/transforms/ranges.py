@@ -67,10 +67,11 @@ def check(name: str, value: Any, must: Check) -> None:
         if not (isinstance(value, str) and value in must):
             raise ValueError(f"{name} must be one of {must}, got {value!r}")
         return
-    if isinstance(value, Real):
-        good = must.holds(value)
-    else:
-        good = not must.static and (callable(value) or hasattr(value, "dtype"))
-    if not good:
-        way = "; under optax.inject_hyperparams name it in static_args" if must.static else ""
-        raise ValueError(f"{name} must be {must.text}, got {value!r}{way}")
+    if must.static and not isinstance(value, Real):
+        raise ValueError(
+            f"{name} must be {must.text}, got {value!r}; under optax.inject_hyperparams name it in "
+            "static_args"
+        )
+    known = isinstance(value, Real)
+    if not (must.holds(value) if known else callable(value) or hasattr(value, "dtype")):
+        raise ValueError(f"{name} must be {must.text}, got {value!r}")
