@@ -1,7 +1,8 @@
 """Signature, documentation and checks of all transformations, from one description of each.
 
-A transformation is written as a function of the values that were chosen, with a docstring that
-describes the arguments of its own; :func:`transformation` makes the public function of it.
+A transformation is written as a function of the values that were chosen; its arguments are the keys
+of its recommended preset. The docstring describes those of its own, others are described here, and
+:func:`transformation` makes the public function.
 """
 
 import dataclasses
@@ -18,11 +19,6 @@ from kradagrad_jax.transforms.examples import GRADIENTS, Example
 from kradagrad_jax.transforms.ranges import RANGES, Check, check
 
 OFF = "none"  # what turns an argument off whose default is on
-LAYERS = (
-    "spec approx joint_bias graft refresh_every statistics_every timing sharding fallback "
-    "factor_dtype"
-)
-BLOCKS = "layout refresh_every statistics_every timing sharding fallback factor_dtype mu_dtype"
 _SHARED = """
   spec: what :func:`kradagrad_jax.curvature.inspect` says of the model.
   beta1: decay of the bias-corrected average of gradients that is preconditioned in place of the
@@ -123,8 +119,8 @@ class Declaration(NamedTuple):
 
 def transformation(
     presets: dict[str, dict[str, Any]],
-    shared: str = "",
     *,
+    layers: bool = False,
     like: Public | None = None,
     without: str = "",
     off: str = "",
@@ -134,11 +130,11 @@ def transformation(
     """Makes the public function of a transformation from a function of the chosen values.
 
     Args:
-      presets: values of arguments, by name of the preset.
-      shared: names of arguments whose documentation is the common one.
-      like: a transformation whose arguments and sections of the docstring this one has as well, as
-        far as it says nothing else.
-      without: names of arguments of ``like`` that this one does not have.
+      presets: values of arguments, by name of the preset; ``"recommended"`` names all arguments.
+      layers: ``spec`` comes first, is required, and may be given by position.
+      like: a transformation whose docstring holds for this one as well, as far as it says nothing
+        else.
+      without: names in the preset that are no arguments.
       off: names of arguments that ``"none"`` turns off.
       example: of its use.
       **checks: what arguments must be, beside :data:`RANGES`.
@@ -146,19 +142,24 @@ def transformation(
     Returns:
       A decorator: the function that it returns has the arguments' names as signature, which
       ``optax.inject_hyperparams`` reads, a complete docstring, and its ``declaration``.
+
+    Raises:
+      ValueError: the docstring describes what is no argument.
     """
 
     def declare(build: Build) -> Public:
         head, sections = _sections(build.__doc__ or "")
         own = _entries(sections.pop("Args", ""))
         parent = None if like is None else declaration_of(like)
-        common = {name: text for name, text in _COMMON.items() if name in shared.split()}
-        entries = (
-            (parent.entries if parent else {})
-            | own
-            | {name: text for name, text in common.items() if name not in own}
-        )
-        entries = {name: text for name, text in entries.items() if name not in without.split()}
+        texts = _COMMON | (parent.entries if parent else {}) | own
+        positional = parent.positional if parent else layers
+        names = [*["spec"] * positional, "preset", *presets["recommended"]]
+        names = [name for name in names if name not in without.split()]
+        first = [name for name in (parent.entries if parent else own) if name in names]
+        # without docstrings (python -OO) the order is another one, and no more than that
+        entries = {name: texts.get(name, "") for name in [*names[:positional], *first, *names]}
+        if not own.keys() <= entries.keys():
+            raise ValueError(f"{build.__name__} has no arguments {own.keys() - entries.keys()}")
         declaration = Declaration(
             presets,
             entries,
@@ -166,7 +167,7 @@ def transformation(
             | (parent.checks if parent else {})
             | checks,
             (*off.split(), *(parent.off if parent else ())),
-            parent.positional if parent else "spec" in shared.split(),
+            positional,
             (parent.sections if parent else {}) | sections,
             parent.example if parent else example,
         )
@@ -237,7 +238,7 @@ def _docstring(name: str, head: str, d: Declaration, signature: inspect.Signatur
         "Raises": raises,
         "Examples": d.example.of_transformation(name),
     }
-    return "\n\n".join([head, *(f"{title}:\n{sections[title]}" for title in _TITLES)]) + "\n"
+    return "\n\n".join([head, *(f"{title}:\n{sections.get(title)}" for title in _TITLES)]) + "\n"
 
 
 def _argument(name: str, text: str, presets: dict[str, dict[str, Any]]) -> str:

@@ -83,6 +83,9 @@ BLOCK_DEFAULTS: dict[str, Any] = {
     "timing": Timing(),
     "layout": LIBRARY_LAYOUT,
     "fallback": "diagonal",
+    "sharding": None,
+    "factor_dtype": None,
+    "mu_dtype": None,
 }
 LAYER_DEFAULTS: dict[str, Any] = {
     "approx": "expand",
@@ -92,4 +95,6 @@ LAYER_DEFAULTS: dict[str, Any] = {
     "statistics_every": 1,
     "timing": Timing(),
     "fallback": "adam",
+    "sharding": None,
+    "factor_dtype": None,
 }

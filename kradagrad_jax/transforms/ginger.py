@@ -24,6 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta2": 0.99,
         "fisher_scale": 1.0,
         "partition": "leaf",
+        "basis_dtype": None,
         "layout": sampled.WHOLE,
         "fallback": "identity",
     }
@@ -34,8 +35,7 @@ PRESETS["unclipped"] = PRESETS["recommended"] | {"clip": "none", "damping": 1e-2
 
 @transformation(
     PRESETS,
-    "fisher fisher_scale beta1 layout statistics_every timing sharding fallback factor_dtype "
-    "mu_dtype",
+    without="refresh_every",
     off="beta1 clip",
     example=examples.SAMPLES,
     partition=("leaf", "model"),

@@ -9,7 +9,7 @@ import optax
 from kradagrad_jax.engine.layers import scale_by_layers
 from kradagrad_jax.factors.kfac import KfacOptions, kfac_method
 from kradagrad_jax.transforms import clipping, examples
-from kradagrad_jax.transforms.arguments import LAYERS, transformation
+from kradagrad_jax.transforms.arguments import transformation
 from kradagrad_jax.transforms.common import LAYER_DEFAULTS, engine_arguments
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -19,8 +19,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "averaging": "corrected",
         "damping": 1e-3,
         "damping_rule": "factored",
+        "inverse": None,
         "statistics": "gram",
         "max_dim": 8192,
+        "norm_constraint": None,
+        "rms_clip": None,
+        "learning_rate": None,
         "beta1": "none",
         "graft": "adam",
     }
@@ -35,7 +39,7 @@ PRESETS["paper"] = PRESETS["official"] | {"averaging": "capped", "refresh_every"
 
 @transformation(
     PRESETS,
-    f"rms_clip beta1 {LAYERS}",
+    layers=True,
     off="beta1 rms_clip",
     example=examples.LAYERS,
     damping_rule=("factored", "exact", "relative"),

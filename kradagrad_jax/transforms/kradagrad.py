@@ -8,7 +8,7 @@ from kradagrad_jax.engine import Graft, Timing
 from kradagrad_jax.factors import KradOptions, alternating_method, star_method
 from kradagrad_jax.factors.krad import BOUNDS
 from kradagrad_jax.factors.numbers import is_number
-from kradagrad_jax.transforms.arguments import BLOCKS, transformation
+from kradagrad_jax.transforms.arguments import transformation
 from kradagrad_jax.transforms.common import BLOCK_DEFAULTS, PUBLISHED_LAYOUT, build, per_mode
 from kradagrad_jax.transforms.ranges import Range
 
@@ -17,6 +17,7 @@ _COMMON = BLOCK_DEFAULTS | {
     "root": "eigh",
     "root_damping": 0.0,
     "beta2": 1.0,
+    "exponent": None,
     "damping": 0.0,
     "initial": 1.0,
     "initial_scale": "absolute",
@@ -65,7 +66,6 @@ def _options(c: dict[str, Any]) -> KradOptions:
 
 @transformation(
     STAR_PRESETS,
-    f"beta1 exponent graft {BLOCKS}",
     off="beta1",
     form=("direct", "factored", "exact", "delayed"),
     **_CHOICES,

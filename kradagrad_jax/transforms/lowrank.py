@@ -10,7 +10,7 @@ from kradagrad_jax.engine.layers import scale_by_layers
 from kradagrad_jax.factors.lowrank import low_rank_method
 from kradagrad_jax.factors.lowrank_options import LowRankOptions, Online, Sketch
 from kradagrad_jax.transforms import clipping, examples
-from kradagrad_jax.transforms.arguments import LAYERS, transformation
+from kradagrad_jax.transforms.arguments import transformation
 from kradagrad_jax.transforms.common import LAYER_DEFAULTS, engine_arguments
 
 _RECOMMENDED: dict[str, Any] = LAYER_DEFAULTS | {
@@ -88,7 +88,8 @@ def _assign(layer: Any, tracked: bool) -> str | None:
 
 @transformation(
     PRESETS,
-    f"rms_clip {LAYERS}",
+    layers=True,
+    without="online",
     off="rms_clip",
     example=examples.LAYERS,
     start=("corrected", "counted", "identity"),
@@ -131,7 +132,7 @@ def scale_by_rs_kfac(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs
     return _build(c, decomposition="rsvd")
 
 
-@transformation(PRESETS, like=scale_by_rs_kfac)
+@transformation(PRESETS, like=scale_by_rs_kfac, without="online")
 def scale_by_sre_kfac(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
     """SRE-KFAC (arXiv 2206.15397): RS-KFAC with a symmetric sketch: cheaper, less accurate.
 

@@ -6,7 +6,7 @@ import optax
 
 from kradagrad_jax.engine import Graft
 from kradagrad_jax.factors import SquareRoot, array_method, gram_method
-from kradagrad_jax.transforms.arguments import BLOCKS, transformation
+from kradagrad_jax.transforms.arguments import transformation
 from kradagrad_jax.transforms.common import BLOCK_DEFAULTS, PUBLISHED_LAYOUT, build, per_mode
 from kradagrad_jax.transforms.ranges import check
 
@@ -20,6 +20,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "damping_rule": "relative",
         "initial": 0.0,
         "statistics": "gram",
+        "root": None,
+        "exponent": None,
         "bias_correction": True,
         "graft": Graft("adam"),
     }
@@ -38,7 +40,7 @@ PRESETS["paper"] = PRESETS["recommended"] | {
 }
 
 
-@transformation(PRESETS, f"beta1 exponent graft {BLOCKS}", off="beta1")
+@transformation(PRESETS, off="beta1")
 def scale_by_shampoo(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
     r"""Shampoo (arXiv 1802.09568): every mode times an inverse root of its Gram statistic.
 

@@ -12,7 +12,7 @@ from kradagrad_jax.engine.layers import scale_by_layers
 from kradagrad_jax.factors.singd import SingdOptions, singd_method
 from kradagrad_jax.linalg.structures import Structure, structure
 from kradagrad_jax.transforms import examples
-from kradagrad_jax.transforms.arguments import LAYERS, transformation
+from kradagrad_jax.transforms.arguments import transformation
 from kradagrad_jax.transforms.common import LAYER_DEFAULTS, engine_arguments
 
 Name = str | Structure
@@ -56,7 +56,8 @@ IKFAC_PRESETS = PRESETS | {"recommended": PRESETS["recommended"] | {"damping": 1
 
 @transformation(
     PRESETS,
-    f"lr_cov riemannian_momentum {LAYERS.replace('statistics_every ', '')}",
+    layers=True,
+    without="statistics_every",
     example=examples.LAYERS,
     normalize_lr_cov=("none", "max_entry", "frobenius"),
     statistics=("rows", "grams"),
@@ -118,7 +119,11 @@ def scale_by_singd(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
     return _build(c, adaptive=True)
 
 
-@transformation(INGD_PRESETS, like=scale_by_singd, without="structures overrides channels_first")
+@transformation(
+    INGD_PRESETS,
+    like=scale_by_singd,
+    without="structures overrides channels_first statistics_every",
+)
 def scale_by_ingd(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
     """INGD (arXiv 2302.09738): inverse-free natural gradient, SINGD with dense factors.
 
@@ -133,7 +138,7 @@ def scale_by_ingd(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
     return _build(c, adaptive=True)
 
 
-@transformation(IKFAC_PRESETS, like=scale_by_singd, without="riemannian_momentum")
+@transformation(IKFAC_PRESETS, like=scale_by_singd, without="riemannian_momentum statistics_every")
 def scale_by_ikfac(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
     r"""IKFAC (arXiv 2312.05705): K-FAC's damped inverses followed by matrix products alone.
 

@@ -15,7 +15,7 @@ from kradagrad_jax.engine.static import Source
 from kradagrad_jax.factors.sirfshampoo import SirfOptions, sirf_method
 from kradagrad_jax.linalg.structures import Structure, structure
 from kradagrad_jax.transforms import examples
-from kradagrad_jax.transforms.arguments import BLOCKS, transformation
+from kradagrad_jax.transforms.arguments import transformation
 from kradagrad_jax.transforms.common import BLOCK_DEFAULTS, engine_arguments
 from kradagrad_jax.transforms.sampled import CUT, WHOLE
 
@@ -25,6 +25,7 @@ Overrides = Sequence[tuple[str | Callable[[str, tuple[int, ...]], bool], PerAxis
 FLATTEN = "flatten:"
 
 _OFFICIAL: dict[str, Any] = BLOCK_DEFAULTS | {
+    "batch_size": None,
     "structures": "dense",
     "overrides": (),
     "max_dim": "none",
@@ -54,12 +55,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "factor_dtype": jnp.bfloat16,
     },
 }
-_ENGINE = BLOCKS.replace("statistics_every ", "").replace(" mu_dtype", "")
 
 
 @transformation(
     PRESETS,
-    f"lr_cov riemannian_momentum graft {_ENGINE}",
+    without="statistics_every mu_dtype",
     off="max_dim",
     example=examples.MEANS,
 )

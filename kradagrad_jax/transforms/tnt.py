@@ -11,7 +11,7 @@ from kradagrad_jax.engine.layers import scale_by_layers
 from kradagrad_jax.engine.timing import interval_at
 from kradagrad_jax.factors.tnt import TntOptions, tnt_method
 from kradagrad_jax.transforms import examples, sampled
-from kradagrad_jax.transforms.arguments import BLOCKS, transformation
+from kradagrad_jax.transforms.arguments import transformation
 from kradagrad_jax.transforms.common import BLOCK_DEFAULTS, engine_arguments
 from kradagrad_jax.transforms.ranges import check
 
@@ -19,6 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "recommended": BLOCK_DEFAULTS
     | {
         "fisher": "model",
+        "spec": None,
         "damping": 0.1,
         "damping_rule": "per_mode",
         "relative_damping": 0.0,
@@ -31,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_dim": "none",
         "fisher_scale": 1.0,
         "max_rate": 1.0,
+        "learning_rate": None,
         "early_refresh": True,
         "refresh_every": 20,
         "layout": sampled.CUT,
@@ -51,7 +53,6 @@ PRESETS["official_cnn"] = PRESETS["paper"] | {
 
 @transformation(
     PRESETS,
-    f"fisher {BLOCKS}",
     off="beta1 max_dim max_rate",
     example=examples.SAMPLES,
     damping_rule=("per_mode", "factored", "joint"),

@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -117,3 +119,17 @@ def test_structures_tell_states_of_sirfshampoo_apart():
     assert jax.tree.structure(again.init(params)) == jax.tree.structure(state)
     with pytest.raises(ValueError, match="tril"):
         upper.update(params, state, params)
+
+
+def test_signatures_do_not_need_docstrings():
+    """Programs run with `python -OO` have none."""
+    code = (
+        "import inspect, kradagrad_jax as kj; "
+        f"print([sorted(inspect.signature(getattr(kj, n)).parameters) for n in {METHODS}])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-OO", "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours = [sorted(inspect.signature(getattr(kj, name)).parameters) for name in METHODS]
+    assert done.stdout.strip() == str(ours)
