@@ -11,12 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kradagrad_jax.curvature.parts import wider
+
 Weights = Any  # array of the batch shape, or None
-
-
-def wide_dtype(dtype: Any) -> Any:
-    """The dtype of the arithmetic: float32 for half precision, else unchanged."""
-    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +113,7 @@ class Loss(abc.ABC):
         self._batch(z)
         if not jnp.issubdtype(z.dtype, jnp.floating):
             raise ValueError(f"{type(self).__name__} needs real outputs, got dtype {z.dtype}")
-        return z.astype(wide_dtype(z.dtype))
+        return z.astype(wider(z.dtype))
 
     def _like(self, z: jax.Array, targets: Any) -> jax.Array:
         """Targets of the shape of z, in the dtype of the arithmetic."""
@@ -126,7 +123,7 @@ class Loss(abc.ABC):
                 f"{type(self).__name__} got targets of shape {targets.shape} for outputs of shape "
                 f"{z.shape}"
             )
-        return targets.astype(wide_dtype(z.dtype))
+        return targets.astype(wider(z.dtype))
 
     def _weights(self, z: jax.Array, weights: Weights) -> jax.Array:
         w = jnp.asarray(weights)
@@ -135,7 +132,7 @@ class Loss(abc.ABC):
                 f"weights have shape {w.shape}, the loss terms of {z.shape} outputs "
                 f"{self._batch(z)}"
             )
-        return w.astype(wide_dtype(z.dtype))
+        return w.astype(wider(z.dtype))
 
     def _spread(self, x: jax.Array) -> jax.Array:
         """One number per term, ready to multiply the outputs."""

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kradagrad_jax.curvature.loss import Loss, wide_dtype
+from kradagrad_jax.curvature.loss import Loss
+from kradagrad_jax.curvature.parts import wider
 from kradagrad_jax.engine import trees
 
 KINDS = ("sampled", "rademacher", "per_example", "exact")
@@ -62,7 +63,7 @@ class Samples:
     def vectors(self, path: str) -> jax.Array:
         """Curvature vectors ``h = sqrt(M) S``, ``(n, *shape)``, float32 or better."""
         x = self.gradients(path)
-        x = x.astype(wide_dtype(x.dtype))
+        x = x.astype(wider(x.dtype))
         return x * jnp.sqrt(self.terms.astype(x.dtype))
 
     def __add__(self, other: "Samples") -> "Samples":
@@ -70,7 +71,7 @@ class Samples:
         total = self.terms + other.terms
 
         def mean(x: jax.Array, y: jax.Array) -> jax.Array:
-            wide = wide_dtype(x.dtype)
+            wide = wider(x.dtype)
             mine, theirs = (t.astype(wide) / total.astype(wide) for t in (self.terms, other.terms))
             return (mine * x.astype(wide) + theirs * y.astype(wide)).astype(x.dtype)
 

@@ -11,5 +11,3 @@ from kradagrad_jax.factors.kradagrad import star_method as star_method
 from kradagrad_jax.factors.kron import KronFactor as KronFactor
 from kradagrad_jax.factors.method import BlockMethod as BlockMethod
 from kradagrad_jax.factors.method import Step as Step
-from kradagrad_jax.factors.qng import QngOptions as QngOptions
-from kradagrad_jax.factors.qng import qng_method as qng_method

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from kradagrad_jax.factors.method import BlockMethod, Grams, Rows, Step
 from kradagrad_jax.factors.numbers import at_step, corrected_share
-from kradagrad_jax.linalg import damped_inverse, eigh, matmul, sr_update, svd
+from kradagrad_jax.linalg import damped_inverse, eigh, matmul, multiply_modes, sr_update, svd
 
-Pair = tuple[jax.Array, jax.Array]
+Pair = tuple[Any, ...]  # of the inputs and of the output gradients
 
 
 class KfacFactor(NamedTuple):
@@ -28,7 +28,7 @@ class KfacFactor(NamedTuple):
     """
 
     statistics: Pair
-    vectors: tuple[jax.Array | None, jax.Array | None]
+    vectors: Pair
     inverses: Pair
 
 
@@ -57,13 +57,11 @@ def kfac_method(o: KfacOptions) -> BlockMethod:
             for n, diagonal in zip(shape, o.diagonal, strict=True)
         ]
         spectral = [o.inverse == "eigh" and not diagonal for diagonal in o.diagonal]
+        both = list(zip(eye, spectral, strict=True))
         return KfacFactor(
-            (start * eye[0], start * eye[1]),
-            (eye[0] if spectral[0] else None, eye[1] if spectral[1] else None),
-            (
-                jnp.ones(shape[0], dtype) if spectral[0] else eye[0] + 0.0,
-                jnp.ones(shape[1], dtype) if spectral[1] else eye[1] + 0.0,
-            ),
+            tuple(start * e for e in eye),
+            tuple(e if has else None for e, has in both),
+            tuple(jnp.ones(len(e), dtype) if has else e + 0.0 for e, has in both),
         )
 
     def accumulate(factor: KfacFactor, statistic: Rows | Grams, step: Step) -> KfacFactor:
@@ -83,34 +81,34 @@ def kfac_method(o: KfacOptions) -> BlockMethod:
                 old + share * (batch - old)
                 for old, batch in zip(factor.statistics, _grams(statistic, o), strict=True)
             ]
-        return factor._replace(statistics=(new[0], new[1]))
+        return factor._replace(statistics=tuple(new))
 
     def refresh(factor: KfacFactor, step: Step) -> KfacFactor:
         lam = at_step(o.damping, step, factor.statistics[0].dtype)
         if o.inverse == "cholesky":
             return factor._replace(inverses=_factored(factor.statistics, lam, _inverse))
-        pairs = [_spectrum(s, o.statistics) for s in factor.statistics]
-        values = (jnp.maximum(pairs[0][0], 0), jnp.maximum(pairs[1][0], 0))
+        values, vectors = zip(*(_spectrum(s, o.statistics) for s in factor.statistics), strict=True)
+        values = tuple(jnp.maximum(w, 0) for w in values)
         if o.damping_rule == "factored":
             values = _factored(values, lam, lambda w, shift: 1 / (w + shift))
         elif o.damping_rule == "relative":  # as published: rounding noise is no curvature
-            values = (_drop_noise(values[0]), _drop_noise(values[1]))
-        return factor._replace(vectors=(pairs[0][1], pairs[1][1]), inverses=values)
+            values = tuple(jnp.where(w <= 1e-10, 0, w) for w in values)
+        return factor._replace(vectors=tuple(vectors), inverses=values)
 
     def precondition(factor: KfacFactor, g: jax.Array, step: Step) -> jax.Array:
         if o.damping_rule == "factored":
-            left, right = factor.inverses
-            if o.inverse == "eigh":
-                g = _rotate(factor.vectors, g)
-                return _rotate(factor.vectors, left[:, None] * g * right[None, :], back=True)
-            return _times(left, g) if right.ndim == 1 else matmul(_times(left, g), right)
+            if o.inverse == "cholesky":
+                return multiply_modes(g, factor.inverses)
+            turned = multiply_modes(g, factor.vectors, transposed=True)
+            return multiply_modes(multiply_modes(turned, factor.inverses), factor.vectors)
         values = factor.inverses
         lam = at_step(o.damping, step, g.dtype)
         if o.damping_rule == "relative":
             lam = lam * jnp.max(values[0]) * jnp.max(values[1])
         curvature = values[0][:, None] * values[1][None, :] + lam
-        turned = _rotate(factor.vectors, g) / jnp.where(curvature > 0, curvature, 1)
-        return jnp.where(step.refreshes > 0, _rotate(factor.vectors, turned, back=True), g)
+        turned = multiply_modes(g, factor.vectors, transposed=True)
+        turned = turned / jnp.where(curvature > 0, curvature, 1)
+        return jnp.where(step.refreshes > 0, multiply_modes(turned, factor.vectors), g)
 
     forms = "|".join("diagonal" if short else "full" for short in o.diagonal)
     return BlockMethod(
@@ -147,7 +145,7 @@ def _grams(statistic: Rows | Grams, o: KfacOptions) -> Pair:
             )
         else:
             parts.append(x)
-    return parts[0], parts[1]
+    return tuple(parts)
 
 
 def _factored(factors: Pair, lam: jax.Array, invert: Any) -> Pair:
@@ -174,7 +172,7 @@ def _factored(factors: Pair, lam: jax.Array, invert: Any) -> Pair:
             inverse = invert(f / mean, shift) / c
         none = jnp.eye(n, dtype=f.dtype) if f.ndim == 2 else jnp.ones_like(f)
         out.append(jnp.where(alive, inverse, none / jnp.sqrt(lam)))
-    return out[0], out[1]
+    return tuple(out)
 
 
 def _inverse(f: jax.Array, shift: jax.Array) -> jax.Array:
@@ -189,21 +187,3 @@ def _spectrum(s: jax.Array, form: str) -> tuple[jax.Array, jax.Array | None]:
         vectors, singular, _ = svd(s.T)
         return singular * singular, vectors
     return eigh(s)
-
-
-def _drop_noise(w: jax.Array) -> jax.Array:
-    return jnp.where(w <= 1e-10, 0, w)
-
-
-def _times(left: jax.Array, g: jax.Array) -> jax.Array:
-    return left[:, None] * g if left.ndim == 1 else matmul(left, g)
-
-
-def _rotate(vectors: tuple[Any, Any], g: jax.Array, back: bool = False) -> jax.Array:
-    """``Qa^T g Qg``, or back; None stands for the identity."""
-    left, right = vectors
-    if left is not None:
-        g = matmul(left if back else left.T, g)
-    if right is not None:
-        g = matmul(g, right.T if back else right)
-    return g

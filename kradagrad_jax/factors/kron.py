@@ -81,5 +81,4 @@ def apply_dense(preconditioners: Sequence[Any], g: jax.Array, skip: Sequence[int
 
 def apply_square_root(roots: Sequence[Any], g: jax.Array, skip: Sequence[int] = ()) -> jax.Array:
     """The same where the preconditioner is kept as ``K`` with ``P = K K^T``."""
-    inner = multiply_modes(g, [None if k is None else k.T for k in roots], skip)
-    return multiply_modes(inner, roots, skip)
+    return multiply_modes(multiply_modes(g, roots, skip, transposed=True), roots, skip)

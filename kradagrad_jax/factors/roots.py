@@ -101,9 +101,6 @@ def _tracked(
 def _apply_spectral(
     preconditioners: Sequence[Any], g: jax.Array, skip: Sequence[int] = ()
 ) -> jax.Array:
-    bases = [None if p is None else p.basis for p in preconditioners]
-    g = multiply_modes(g, [None if q is None else q.T for q in bases], skip)
-    for mode, p in enumerate(preconditioners):
-        if p is not None and mode not in skip:
-            g = g * jnp.expand_dims(p.values, [a for a in range(g.ndim) if a != mode])
-    return multiply_modes(g, bases, skip)
+    bases, values = ([p and p[i] for p in preconditioners] for i in (0, 1))
+    g = multiply_modes(g, bases, skip, transposed=True)
+    return multiply_modes(multiply_modes(g, values, skip), bases, skip)

@@ -250,24 +250,14 @@ def _inverse(o: TntOptions, omega: jax.Array, scale: jax.Array, shift: jax.Array
 def _applied(o: TntOptions, factor: TntFactor, g: jax.Array, step: Step) -> jax.Array:
     """The merged gradient times the inverse in every mode."""
     p = factor.preconditioners
-    turned = per_mode(lambda i, m: m.T if m.ndim == 2 else m, p)
     if o.damping_rule == "joint":
         assert factor.spectra is not None
-        x = _multiply(g, turned)
-        x = _multiply(x / (_outer(factor.spectra) + at_step(o.damping, step, g.dtype)), p)
+        x = multiply_modes(g, p, transposed=True)
+        x = multiply_modes(x / (_outer(factor.spectra) + at_step(o.damping, step, g.dtype)), p)
         return jnp.where(step.refreshes > 0, x, g)
     if o.statistics == "square_root":
-        g = _multiply(g, turned)
-    return _multiply(g, p)
-
-
-def _multiply(g: jax.Array, matrices: Any) -> jax.Array:
-    """Multiplies every mode by its matrix, or by the vector that stands for a diagonal."""
-    out = multiply_modes(g, [None if m is None or m.ndim == 1 else m for m in matrices])
-    for mode, m in enumerate(matrices):
-        if m is not None and m.ndim == 1:
-            out = out * jnp.expand_dims(m, [a for a in range(g.ndim) if a != mode])
-    return out
+        g = multiply_modes(g, p, transposed=True)
+    return multiply_modes(g, p)
 
 
 def _outer(vectors: tuple[Any, ...]) -> jax.Array:

@@ -15,11 +15,11 @@ takes minutes to compile.
 A matrix that is not finite gives NaN everywhere and never reaches LAPACK, whose SVD does not
 return from an infinity.
 
-All functions take ONE matrix: float32 or float64, never half precision (cast first), and are
-meant to be `vmap`ped, any number of times. They differentiate in forward and in reverse mode;
-the derivatives use only products with primal outputs, and directions in which the factorisation
-is not differentiable (equal eigenvalues, a singular triangular factor) contribute zero or a large
-finite number, never NaN.
+All functions take ONE matrix of the shape that they state (ValueError), float32 or float64
+(TypeError; cast half precision first), and are meant to be `vmap`ped, any number of times. They
+differentiate in forward and in reverse mode; the derivatives use only products with primal outputs,
+and directions in which the factorisation is not differentiable (equal eigenvalues, a singular
+triangular factor) contribute zero or a large finite number, never NaN.
 """
 
 import os
@@ -42,12 +42,8 @@ def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     Returns:
       `(w, v)`: eigenvalues (n,) ascending and eigenvectors (n, n) in columns. The derivative of
       `v` leaves out the rotation inside a group of equal eigenvalues.
-
-    Raises:
-      TypeError: `a` is not float32 or float64.
-      ValueError: `a` is not one square matrix.
     """
-    return _eigh(_one_matrix(a, "eigh"))
+    return _eigh(one_matrix(a, "eigh"))
 
 
 def svd(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -59,12 +55,8 @@ def svd(a: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     Returns:
       `(u, s, vt)`: (n, n), (n,) descending, (n, n). The derivatives of `u` and `vt` leave out
       rotations inside a group of equal singular values and inside the null space.
-
-    Raises:
-      TypeError: `a` is not float32 or float64.
-      ValueError: `a` is not one square matrix.
     """
-    return _svd(_one_matrix(a, "svd"))
+    return _svd(one_matrix(a, "svd"))
 
 
 def qr_r(a: jax.Array) -> jax.Array:
@@ -75,12 +67,8 @@ def qr_r(a: jax.Array) -> jax.Array:
 
     Returns:
       Upper triangular `r`: (n, n) with `r^T r = a^T a`. Row signs are arbitrary.
-
-    Raises:
-      TypeError: `a` is not float32 or float64.
-      ValueError: `a` is not one matrix with at least as many rows as columns.
     """
-    return _qr_r(_one_matrix(a, "qr_r", square=False))
+    return _qr_r(one_matrix(a, "qr_r", square=False))
 
 
 def qr(a: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -92,38 +80,26 @@ def qr(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     Returns:
       `q`: (p, n) with orthonormal columns, also where `a` has not full rank; `r`: (n, n), upper
       triangular. The first k columns of `q` depend on the first k columns of `a` alone.
-
-    Raises:
-      TypeError: `a` is not float32 or float64.
-      ValueError: `a` is not one matrix with at least as many rows as columns.
     """
-    return _qr(_one_matrix(a, "qr", square=False))
+    return _qr(one_matrix(a, "qr", square=False))
 
 
 def cholesky(a: jax.Array) -> jax.Array:
-    """Lower Cholesky factor of the symmetric part of `a`: (n, n); NaN if it is not definite.
-
-    Raises:
-      TypeError: `a` is not float32 or float64.
-      ValueError: `a` is not one square matrix.
-    """
-    return _cholesky(_one_matrix(a, "cholesky"))
+    """Lower Cholesky factor of the symmetric part of `a`: (n, n); NaN if it is not definite."""
+    return _cholesky(one_matrix(a, "cholesky"))
 
 
 def triangular_inverse(r: jax.Array, lower: bool = False) -> jax.Array:
     """Inverse of the upper (or lower) triangle of `r`: (n, n), triangular of the same kind.
 
     The other triangle of `r` is not read. `lower` is a Python bool.
-
-    Raises:
-      TypeError: `r` is not float32 or float64.
-      ValueError: `r` is not one square matrix.
     """
     inverse = _lower_inverse if lower else _upper_inverse
-    return inverse(_one_matrix(r, "triangular_inverse"))
+    return inverse(one_matrix(r, "triangular_inverse"))
 
 
-def _one_matrix(a: jax.Array, name: str, square: bool = True) -> jax.Array:
+def one_matrix(a: jax.Array, name: str, square: bool = True) -> jax.Array:
+    """The argument of the function ``name``, checked."""
     a = jnp.asarray(a)
     if a.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"{name} needs float32 or float64, got {a.dtype}: cast the matrix first")
@@ -192,10 +168,6 @@ def _any_eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 _raw_eigh = _stackable(_any_eigh)
-_raw_svd = _stackable(lambda a: tuple(jnp.linalg.svd(a)))
-_raw_qr_r = _stackable(lambda a: jnp.linalg.qr(a, mode="r"))
-_raw_qr = _stackable(lambda a: tuple(jnp.linalg.qr(a)))
-_raw_cholesky = _stackable(jnp.linalg.cholesky)
 
 
 def _solve_identity(r: jax.Array, lower: bool) -> jax.Array:
@@ -203,17 +175,14 @@ def _solve_identity(r: jax.Array, lower: bool) -> jax.Array:
     return jax.lax.linalg.triangular_solve(r, eye, left_side=True, lower=lower)
 
 
-_raw_upper_inverse = _stackable(lambda r: _solve_identity(r, lower=False))
-_raw_lower_inverse = _stackable(lambda r: _solve_identity(r, lower=True))
-
-
 # Derivatives. Each rule calls the differentiable function again for its primal outputs, so that
-# derivatives of any order exist; the raw calls above never see a tangent.
+# derivatives of any order exist; what is inside of `custom_jvp` never sees a tangent.
 
-
-@jax.custom_jvp
-def _eigh(a):
-    return _raw_eigh(a)
+_eigh = jax.custom_jvp(_raw_eigh)
+_svd = jax.custom_jvp(_stackable(lambda a: tuple(jnp.linalg.svd(a))))
+_qr_r = jax.custom_jvp(_stackable(lambda a: jnp.linalg.qr(a, mode="r")))
+_qr = jax.custom_jvp(_stackable(lambda a: tuple(jnp.linalg.qr(a))))
+_cholesky = jax.custom_jvp(_stackable(jnp.linalg.cholesky))
 
 
 @_eigh.defjvp
@@ -222,11 +191,6 @@ def _eigh_jvp(primals, tangents):
     inner = matmul(v.T, matmul(symmetrize(tangents[0]), v))
     rotation = inner * _inverse_gaps(w)
     return (w, v), (jnp.diagonal(inner), matmul(v, rotation))
-
-
-@jax.custom_jvp
-def _svd(a):
-    return _raw_svd(a)
 
 
 @_svd.defjvp
@@ -241,11 +205,6 @@ def _svd_jvp(primals, tangents):
     return (u, s, vt), tangents
 
 
-@jax.custom_jvp
-def _qr_r(a):
-    return _raw_qr_r(a)
-
-
 @_qr_r.defjvp
 def _qr_r_jvp(primals, tangents):
     r = _qr_r(*primals)
@@ -254,11 +213,6 @@ def _qr_r_jvp(primals, tangents):
     inner = matmul(q.T, matmul(tangents[0], inverse))
     # dr r^-1 is the upper triangle whose symmetric part equals that of q^T da r^-1.
     return r, matmul(jnp.triu(inner + inner.T, 1) + jnp.diag(jnp.diagonal(inner)), r)
-
-
-@jax.custom_jvp
-def _qr(a):
-    return _raw_qr(a)
 
 
 @_qr.defjvp
@@ -270,11 +224,6 @@ def _qr_jvp(primals, tangents):
     return (q, r), (moved - matmul(q, upper), matmul(upper, r))
 
 
-@jax.custom_jvp
-def _cholesky(a):
-    return _raw_cholesky(a)
-
-
 @_cholesky.defjvp
 def _cholesky_jvp(primals, tangents):
     factor = _cholesky(*primals)
@@ -283,26 +232,19 @@ def _cholesky_jvp(primals, tangents):
     return factor, matmul(factor, jnp.tril(inner, -1) + 0.5 * jnp.diag(jnp.diagonal(inner)))
 
 
-@jax.custom_jvp
-def _upper_inverse(r):
-    return _raw_upper_inverse(r)
+def _triangular_inverse(lower: bool) -> Any:
+    triangle = jnp.tril if lower else jnp.triu
+    inverse = jax.custom_jvp(_stackable(lambda r: _solve_identity(r, lower)))
+
+    @inverse.defjvp
+    def rule(primals, tangents):
+        x = inverse(*primals)
+        return x, -matmul(x, matmul(triangle(tangents[0]), x))
+
+    return inverse
 
 
-@_upper_inverse.defjvp
-def _upper_inverse_jvp(primals, tangents):
-    inverse = _upper_inverse(*primals)
-    return inverse, -matmul(inverse, matmul(jnp.triu(tangents[0]), inverse))
-
-
-@jax.custom_jvp
-def _lower_inverse(r):
-    return _raw_lower_inverse(r)
-
-
-@_lower_inverse.defjvp
-def _lower_inverse_jvp(primals, tangents):
-    inverse = _lower_inverse(*primals)
-    return inverse, -matmul(inverse, matmul(jnp.tril(tangents[0]), inverse))
+_upper_inverse, _lower_inverse = _triangular_inverse(False), _triangular_inverse(True)
 
 
 def _negligible(x: jax.Array, scale: jax.Array) -> jax.Array:

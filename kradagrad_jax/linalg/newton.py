@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kradagrad_jax.linalg.products import matmul, symmetrize
+from kradagrad_jax.linalg.lapack import one_matrix
+from kradagrad_jax.linalg.products import matmul, nonzero, symmetrize
 from kradagrad_jax.linalg.roots import symmetric_power
 
 _POWER_STEPS = 32  # matrix-vector products for the largest eigenvalue
@@ -55,7 +56,9 @@ def inverse_root(
       ValueError: p < 1, or `a` is not one square matrix.
       TypeError: `a` is not float32 or float64.
     """
-    _check(a, p)
+    a = one_matrix(a, "inverse_root")
+    if not isinstance(p, int) or p < 1:
+        raise ValueError(f"p must be a positive Python int, got {p!r}")
     damping, tolerance = (jnp.asarray(x).astype(a.dtype) for x in (damping, tolerance))
     return _inverse_root(a, damping, tolerance, jnp.int32(iterations), p)
 
@@ -89,19 +92,6 @@ class _Iterate(NamedTuple):
     active: jax.Array  # (), bool
 
 
-def _check(a: jax.Array, p: int) -> None:
-    if a.ndim != 2 or a.shape[0] != a.shape[1]:
-        raise ValueError(f"expected one square matrix, got shape {a.shape}")
-    if a.dtype not in (jnp.float32, jnp.float64):
-        raise TypeError(f"expected float32 or float64, got {a.dtype}: cast the matrix first")
-    if not isinstance(p, int) or p < 1:
-        raise ValueError(f"p must be a positive Python int, got {p!r}")
-
-
-def _nonzero(x: jax.Array) -> jax.Array:
-    return jnp.where(x == 0.0, 1.0, x)  # keeps NaN
-
-
 def _matrix_power(a: jax.Array, p: int) -> jax.Array:
     """Return `a ** p` for a static p >= 0 by repeated squaring."""
     if p == 0:
@@ -120,7 +110,7 @@ def _matrix_power(a: jax.Array, p: int) -> jax.Array:
 def _largest_eigenvalue(a: jax.Array) -> jax.Array:
     """Largest eigenvalue of a positive semidefinite matrix by power iteration, from below."""
     fixed = jax.lax.stop_gradient(symmetrize(a))
-    scale = _nonzero(jnp.max(jnp.abs(fixed)))
+    scale = nonzero(jnp.max(jnp.abs(fixed)))
     fixed = fixed / scale
     columns = jnp.sum(fixed * fixed, axis=0)
     # The heaviest column points at the top eigenvector; the irregular part forbids orthogonality.
@@ -130,7 +120,7 @@ def _largest_eigenvalue(a: jax.Array) -> jax.Array:
 
     def step(_, v):
         v = matmul(fixed, v)
-        return v / jnp.sqrt(_nonzero(jnp.sum(v * v)))
+        return v / jnp.sqrt(nonzero(jnp.sum(v * v)))
 
     v = jax.lax.fori_loop(0, _POWER_STEPS, step, start)
     return jnp.sum(v * matmul(symmetrize(a), v))
@@ -138,11 +128,11 @@ def _largest_eigenvalue(a: jax.Array) -> jax.Array:
 
 def _spectral_bound(a: jax.Array) -> jax.Array:
     """Upper bound on the norm of `a`, above it by a factor n^(1/8) at most (two products)."""
-    scale = _nonzero(jnp.max(jnp.abs(a)))
+    scale = nonzero(jnp.max(jnp.abs(a)))
     a = a / scale
-    norm = _nonzero(jnp.sqrt(jnp.sum(a * a)))
+    norm = nonzero(jnp.sqrt(jnp.sum(a * a)))
     fourth = _matrix_power(a / norm, 4)
-    return scale * norm * _nonzero(jnp.sum(fourth * fourth)) ** 0.125
+    return scale * norm * nonzero(jnp.sum(fourth * fourth)) ** 0.125
 
 
 def _distance(m: jax.Array) -> jax.Array:
@@ -193,7 +183,7 @@ def _iterate(state: _Iterate, p: int, iterations: jax.Array, tolerance: jax.Arra
 
 @partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _inverse_root(a, damping, tolerance, iterations, p):
-    unit = _nonzero(jnp.max(jnp.abs(a)))  # so that no product over- or underflows
+    unit = nonzero(jnp.max(jnp.abs(a)))  # so that no product over- or underflows
     zero = jnp.max(jnp.abs(a)) == 0.0
     a = symmetrize(a) / unit
     ridge = damping * _largest_eigenvalue(a)

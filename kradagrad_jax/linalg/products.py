@@ -39,14 +39,19 @@ def mode_gram(g: jax.Array, mode: int) -> jax.Array:
 
 
 def multiply_modes(
-    g: jax.Array, matrices: Sequence[jax.Array | None], skip: Sequence[int] = ()
+    g: jax.Array,
+    matrices: Sequence[jax.Array | None],
+    skip: Sequence[int] = (),
+    transposed: bool = False,
 ) -> jax.Array:
     """Multiply every mode of `g` by its matrix: `unfold(result, i) = matrices[i] @ unfold(g, i)`.
 
     Args:
       g: (n_0, ..., n_{k-1}).
-      matrices: one (m_i, n_i) matrix per mode, or None to leave the mode alone.
+      matrices: one (m_i, n_i) matrix per mode; or the diagonal (n_i,) of one; or None to leave the
+        mode alone.
       skip: modes to leave alone although they have a matrix.
+      transposed: multiply by the transposes.
 
     Returns:
       (m_0, ..., m_{k-1}), with `m_i = n_i` for the modes left alone.
@@ -55,12 +60,19 @@ def multiply_modes(
         raise ValueError(f"expected one matrix per mode of shape {g.shape}, got {len(matrices)}")
     for mode, matrix in enumerate(matrices):
         if matrix is not None and mode not in skip:
-            g = _multiply_mode(g, matrix, mode)
+            g = _multiply_mode(g, matrix.T if transposed else matrix, mode)
     return g
 
 
 def _multiply_mode(g: jax.Array, matrix: jax.Array, mode: int) -> jax.Array:
+    if matrix.ndim == 1:
+        return g * jnp.expand_dims(matrix, [axis for axis in range(g.ndim) if axis != mode])
     if mode == g.ndim - 1 and mode > 0:  # the new axis comes last by itself: no transposition
         return jax.lax.dot_general(g, matrix, (((mode,), (1,)), ((), ())), precision=_HIGHEST)
     out = jax.lax.dot_general(matrix, g, (((1,), (mode,)), ((), ())), precision=_HIGHEST)
     return jnp.moveaxis(out, 0, mode)
+
+
+def nonzero(x: jax.Array) -> jax.Array:
+    """One in place of zero; keeps NaN."""
+    return jnp.where(x == 0.0, 1.0, x)

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from kradagrad_jax.linalg.products import matmul, symmetrize
+from kradagrad_jax.linalg.lapack import one_matrix
+from kradagrad_jax.linalg.products import matmul, nonzero, symmetrize
 
 _LARGEST_ROTATION = 0.9  # norm of the generator; keeps the output within 0.2 of orthonormal
 _CROWD = 0.7  # norm of all rotations above which the useless ones give way
@@ -35,7 +36,9 @@ def refine_eigenbasis(a: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]
       TypeError: `a` is not float32 or float64.
       ValueError: `a` and `q` are not square matrices of one shape.
     """
-    _check(a, q)
+    a, q = one_matrix(a, "refine_eigenbasis"), one_matrix(q, "refine_eigenbasis")
+    if q.shape != a.shape:
+        raise ValueError(f"expected two square matrices, got shapes {a.shape} and {q.shape}")
     s = symmetrize(matmul(q.T, matmul(a, q)))
     defect = jnp.eye(a.shape[0], dtype=a.dtype) - matmul(q.T, q)
     w = jnp.diagonal(s) / (1.0 - jnp.diagonal(defect))
@@ -44,23 +47,12 @@ def refine_eigenbasis(a: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]
     generator = angles * _weights(angles, coupling)
     square = matmul(generator, generator)
     size = _rotation_size(square)
-    step = jnp.where(size > _LARGEST_ROTATION, _LARGEST_ROTATION / _nonzero(size), 1.0)
+    step = jnp.where(size > _LARGEST_ROTATION, _LARGEST_ROTATION / nonzero(size), 1.0)
     # The cubic coefficient 1/8 makes the factor orthogonal to sixth order in the generator.
     rotation = step * generator + 0.5 * step**2 * square
     rotation = rotation + 0.125 * step**3 * matmul(square, generator)
     change = rotation + 0.5 * defect
     return _moved(w, coupling, generator, step), q + matmul(q, change)
-
-
-def _check(a: jax.Array, q: jax.Array) -> None:
-    if a.ndim != 2 or a.shape[0] != a.shape[1] or q.shape != a.shape:
-        raise ValueError(f"expected two square matrices, got shapes {a.shape} and {q.shape}")
-    if a.dtype not in (jnp.float32, jnp.float64):
-        raise TypeError(f"expected float32 or float64, got {a.dtype}: cast the matrix first")
-
-
-def _nonzero(x: jax.Array) -> jax.Array:
-    return jnp.where(x == 0.0, 1.0, x)  # keeps NaN
 
 
 def _significant(coupling: jax.Array, w: jax.Array) -> jax.Array:
@@ -76,7 +68,7 @@ def _jacobi_angles(coupling: jax.Array, w: jax.Array) -> jax.Array:
     place = jnp.arange(w.shape[0])
     order = jnp.where(place[None, :] > place[:, None], 1.0, -1.0).astype(w.dtype)
     sign = jax.lax.stop_gradient(jnp.where(gap == 0.0, order, jnp.sign(gap)))
-    scale = _nonzero(jnp.max(jnp.abs(w)))  # so that the squares stay in range
+    scale = nonzero(jnp.max(jnp.abs(w)))  # so that the squares stay in range
     sine = 2.0 * sign * coupling / scale
     cosine = jnp.where(coupling == 0.0, 1.0, jnp.abs(gap) / scale)  # of twice the angle, both
     tangent = sine / (cosine + jnp.sqrt(cosine * cosine + sine * sine))
@@ -86,9 +78,9 @@ def _jacobi_angles(coupling: jax.Array, w: jax.Array) -> jax.Array:
 def _weights(angles: jax.Array, coupling: jax.Array) -> jax.Array:
     """Weights in [0, 1], below one for large angles only, and only when there are too many."""
     angles, coupling = jax.lax.stop_gradient((jnp.abs(angles), jnp.abs(coupling)))
-    weights = jnp.sqrt(coupling / _nonzero(jnp.max(coupling)))
+    weights = jnp.sqrt(coupling / nonzero(jnp.max(coupling)))
     held = (angles > _SMALL) & (_skew_norm(angles) > _CROWD)
-    gain = _CROWD / _nonzero(_skew_norm(jnp.where(held, weights * angles, 0.0)))
+    gain = _CROWD / nonzero(_skew_norm(jnp.where(held, weights * angles, 0.0)))
     return jnp.where(held, jnp.minimum(jnp.maximum(gain, 1.0) * weights, 1.0), 1.0)
 
 

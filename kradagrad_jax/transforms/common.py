@@ -1,4 +1,4 @@
-"""What the transformations share: presets, exponents, and the arguments that go to the engine."""
+"""What the transformations share: defaults, exponents, and the arguments that go to the engine."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,53 +8,15 @@ import optax
 
 from kradagrad_jax.engine import Graft, Layout, Timing, as_graft, scale_by_blocks
 from kradagrad_jax.factors import BlockMethod
+from kradagrad_jax.factors.numbers import is_number
+from kradagrad_jax.transforms.ranges import check
 
-OFF = "none"  # what turns an argument off whose default is on
 ONE_SIDED = ("one_sided", "shorter", "longer", "input", "output")
 LIBRARY_LAYOUT = Layout()
 PUBLISHED_LAYOUT = Layout(
     block_size=128, merge="none", pieces="tail", vectors="block", max_dim=None, state_limit=None,
     biases=None,
 )  # fmt: skip
-
-
-def choose(
-    preset: str,
-    presets: dict[str, dict[str, Any]],
-    given: dict[str, Any],
-    may_be_off: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """The preset's values, overridden by every given argument that is not None.
-
-    Args:
-      preset: name of the preset.
-      presets: their values, by name.
-      given: arguments of the caller.
-      may_be_off: arguments for which :data:`OFF` stands for None.
-
-    Raises:
-      ValueError: unknown preset.
-    """
-    if preset not in presets:
-        raise ValueError(f"preset must be one of {sorted(presets)}, got {preset!r}")
-    chosen = presets[preset] | {name: value for name, value in given.items() if value is not None}
-    off = [n for n in may_be_off if isinstance(chosen.get(n), str) and chosen[n] == OFF]
-    return chosen | dict.fromkeys(off)
-
-
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-
-
-def check_factor_step(lr_cov: Any) -> None:
-    """Raises ValueError for a factor step ``K (I - lr_cov m)`` that can make K singular."""
-    if isinstance(lr_cov, (int, float)) and not 0 <= lr_cov < 1:
-        raise ValueError(
-            f"lr_cov must be at least 0 and below 1, got {lr_cov!r}: a step of 1 takes a direction "
-            "of large curvature out of the factor at once and for good"
-        )
 
 
 def per_mode(exponent: Any, layout: Layout) -> tuple[Any, Layout]:
@@ -72,24 +34,20 @@ def per_mode(exponent: Any, layout: Layout) -> tuple[Any, Layout]:
       ValueError: an unknown name.
     """
     if isinstance(exponent, str):
-        check_choice("exponent", exponent, ONE_SIDED)
+        check("exponent", exponent, ONE_SIDED)
         name = "shorter" if exponent == "one_sided" else exponent
         return None, layout if layout.modes else dataclasses.replace(layout, modes=name)
     orders = exponent if isinstance(exponent, Mapping) else {}
     if isinstance(exponent, (tuple, list)):
         orders = {len(exponent): tuple(exponent)}
     zero = {
-        k: tuple(not _is_zero(e) for e in given)
+        k: tuple(not is_number(e, 0) for e in given)
         for k, given in orders.items()
-        if isinstance(given, (tuple, list)) and any(_is_zero(e) for e in given)
+        if isinstance(given, (tuple, list)) and any(is_number(e, 0) for e in given)
     }
     if not zero or layout.modes:
         return exponent, layout
     return exponent, dataclasses.replace(layout, modes=lambda path, shape: zero.get(len(shape)))
-
-
-def _is_zero(exponent: Any) -> bool:
-    return isinstance(exponent, (int, float)) and exponent == 0
 
 
 def diagonal_fallback(graft: Graft, fallback: Any) -> Any:
@@ -101,7 +59,7 @@ def diagonal_fallback(graft: Graft, fallback: Any) -> Any:
 
 _ENGINE = (
     "layout", "timing", "sharding", "refresh_every", "statistics_every", "refresh", "graft",
-    "fallback", "beta1", "factor_dtype", "mu_dtype",
+    "fallback", "beta1", "average", "factor_dtype", "mu_dtype",
 )  # fmt: skip
 
 
@@ -119,12 +77,24 @@ def build(method: BlockMethod, chosen: dict[str, Any]) -> optax.GradientTransfor
     return scale_by_blocks(method, **engine_arguments(chosen))
 
 
-ENGINE_DEFAULTS: dict[str, Any] = {
+BLOCK_DEFAULTS: dict[str, Any] = {
     "refresh_every": 10,
     "statistics_every": 1,
     "timing": Timing(),
     "layout": LIBRARY_LAYOUT,
     "fallback": "diagonal",
+    "sharding": None,
     "factor_dtype": None,
     "mu_dtype": None,
+}
+LAYER_DEFAULTS: dict[str, Any] = {
+    "approx": "expand",
+    "joint_bias": True,
+    "graft": "none",
+    "refresh_every": 10,
+    "statistics_every": 1,
+    "timing": Timing(),
+    "fallback": "adam",
+    "sharding": None,
+    "factor_dtype": None,
 }

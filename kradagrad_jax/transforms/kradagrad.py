@@ -4,19 +4,15 @@ from typing import Any
 
 import optax
 
-from kradagrad_jax.engine import Graft, Interval, Layout, Sharding, Timing
+from kradagrad_jax.engine import Graft, Timing
 from kradagrad_jax.factors import KradOptions, alternating_method, star_method
 from kradagrad_jax.factors.krad import BOUNDS
-from kradagrad_jax.transforms.common import (
-    ENGINE_DEFAULTS,
-    PUBLISHED_LAYOUT,
-    build,
-    check_choice,
-    choose,
-    per_mode,
-)
+from kradagrad_jax.factors.numbers import is_number
+from kradagrad_jax.transforms.arguments import transformation
+from kradagrad_jax.transforms.common import BLOCK_DEFAULTS, PUBLISHED_LAYOUT, build, per_mode
+from kradagrad_jax.transforms.ranges import Range
 
-_COMMON = ENGINE_DEFAULTS | {
+_COMMON = BLOCK_DEFAULTS | {
     "form": "direct",
     "root": "eigh",
     "root_damping": 0.0,
@@ -53,43 +49,29 @@ ALTERNATING_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _options(c: dict[str, Any], forms: tuple[str, ...]) -> KradOptions:
-    check_choice("form", c["form"], forms)
-    check_choice("bound", c["bound"], BOUNDS)
-    check_choice("initial_scale", c["initial_scale"], ("absolute", "gradient"))
-    check_choice("root", c["root"], ("eigh", "newton", "tracked"))
-    damping = c["damping"]
-    if c["form"] in ("factored", "exact") and not (
-        isinstance(damping, (int, float)) and damping == 0
-    ):
+_CHOICES = {
+    "bound": BOUNDS,
+    "initial_scale": ("absolute", "gradient"),
+    "root": ("eigh", "newton", "tracked"),
+    "beta2": Range("above 0 and at most 1", lambda x: 0 < x <= 1),
+}
+
+
+def _options(c: dict[str, Any]) -> KradOptions:
+    if c["form"] in ("factored", "exact") and not is_number(c["damping"], 0):
         raise ValueError(f"damping is part of the direct form only, not of form={c['form']!r}")
+    c["exponent"], c["layout"] = per_mode(c["exponent"], c["layout"])
     return KradOptions(**{name: c[name] for name in KradOptions._fields})
 
 
-def scale_by_kradagrad_star(
-    *,
-    preset: str = "recommended",
-    form: str | None = None,
-    bound: str | None = None,
-    initial: Any = None,
-    initial_scale: str | None = None,
-    damping: Any = None,
-    beta1: Any = None,
-    beta2: Any = None,
-    exponent: Any = None,
-    root: str | None = None,
-    root_damping: Any = None,
-    graft: Graft | str | None = None,
-    layout: Layout | None = None,
-    refresh_every: Interval | None = None,
-    statistics_every: Interval | None = None,
-    timing: Timing | None = None,
-    sharding: Sharding | None = None,
-    fallback: Any = None,
-    factor_dtype: Any = None,
-    mu_dtype: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Preconditions every mode by a positive root of an inverse statistic (KrADagrad*).
+@transformation(
+    STAR_PRESETS,
+    off="beta1",
+    form=("direct", "factored", "exact", "delayed"),
+    **_CHOICES,
+)
+def scale_by_kradagrad_star(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
+    r"""KrADagrad* (arXiv 2305.19416): every mode times a positive root of an inverse statistic.
 
     For a matrix block :math:`G`, with :math:`t = 1 + s` and s from ``bound``,
 
@@ -120,23 +102,11 @@ def scale_by_kradagrad_star(
         loss.
       damping: eps of ``L <- L - eps L^2`` before each step (direct and delayed forms); needs
         ``eps * lambda_max(L) < 1``.
-      beta1: as in :func:`scale_by_shampoo`.
       beta2: ``L <- L / beta2`` before each step. Below 1, L grows without bound along directions
         that gradients leave out.
-      exponent: overrides ``1/(2j)``, j the number of modes with a factor; a number, a tuple per
-        mode, a mapping or a name as in :func:`scale_by_shampoo`.
       root: ``"eigh"``, ``"newton"`` (matmuls only), ``"tracked"`` (eigenbasis carried along;
         matmuls only but for the first refresh); the factored and exact forms use an SVD.
-      root_damping: added to the eigenvalues before the root (official: 1e-8).
-      graft: as in :func:`scale_by_shampoo`, like all arguments below.
-      layout: see :class:`Layout`.
-      refresh_every: steps between roots.
-      statistics_every: steps between KrAD steps.
-      timing: see :class:`Timing`.
-      sharding: devices over which factors and work are divided, see :class:`Sharding`. None: none.
-      fallback: for parameters without factors.
-      factor_dtype: dtype of L and its root.
-      mu_dtype: dtype of the average of gradients.
+      root_damping: added to the eigenvalues before the root.
 
     Returns:
       A GradientTransformationExtraArgs; its state needs ``2 (m^2 + n^2)`` numbers per ``m x n``
@@ -144,52 +114,20 @@ def scale_by_kradagrad_star(
       graft.
 
     Raises:
-      ValueError: unknown preset or choice, damping with a form that has none; complex or integer
-        parameters.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import kradagrad_jax as kj
-      >>> params = {"w": jnp.ones((4, 3))}
-      >>> tx = optax.chain(kj.scale_by_kradagrad_star(), optax.scale(-1e-2))
-      >>> state = tx.init(params)
-      >>> grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params)
-      >>> updates, state = tx.update(grads, state, params)
+      ValueError: damping with a form that has none; complex or integer parameters.
 
     References:
       Mei, Moreno and Walters, `KrADagrad <https://arxiv.org/abs/2305.19416>`_, UAI 2023,
       Algorithms 1 and 3.
     """
-    given = {k: v for k, v in locals().items() if k != "preset"}
-    c = choose(preset, STAR_PRESETS, given, may_be_off=("beta1",))
-    c["exponent"], c["layout"] = per_mode(c["exponent"], c["layout"])
-    return build(star_method(_options(c, ("direct", "factored", "exact", "delayed"))), c)
+    return build(star_method(_options(c)), c)
 
 
-def scale_by_kradagrad(
-    *,
-    preset: str = "recommended",
-    form: str | None = None,
-    bound: str | None = None,
-    initial: Any = None,
-    initial_scale: str | None = None,
-    damping: Any = None,
-    beta1: Any = None,
-    beta2: Any = None,
-    exponent: Any = None,
-    root: str | None = None,
-    root_damping: Any = None,
-    graft: Graft | str | None = None,
-    layout: Layout | None = None,
-    refresh_every: Interval | None = None,
-    statistics_every: Interval | None = None,
-    timing: Timing | None = None,
-    sharding: Sharding | None = None,
-    fallback: Any = None,
-    factor_dtype: Any = None,
-    mu_dtype: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""KrADagrad: one mode per step, square roots whatever the order.
+@transformation(
+    ALTERNATING_PRESETS, like=scale_by_kradagrad_star, form=("direct", "factored", "exact")
+)
+def scale_by_kradagrad(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
+    r"""KrADagrad (arXiv 2305.19416, Algorithm 2): one mode per step, square roots only.
 
     At step t only the factor of mode i(t) is updated, with the gradient preconditioned in all
     other modes as its statistic; for a matrix and i = 1
@@ -203,46 +141,11 @@ def scale_by_kradagrad(
     Args:
       preset: as in :func:`scale_by_kradagrad_star`; ``"official"`` has ``damping=1e-4`` and leaves
         the first gradient unpreconditioned.
-      form: ``"direct"``, ``"factored"`` or ``"exact"``.
-      bound: see :func:`scale_by_kradagrad_star`, like all other arguments.
-      initial: scale of the start.
-      initial_scale: ``"absolute"`` or ``"gradient"``.
-      damping: eps of ``L - eps L^2``.
-      beta1: averaging of gradients.
-      beta2: growth of L.
-      exponent: overrides 1/2 per mode; as in :func:`scale_by_shampoo`.
-      root: ``"eigh"``, ``"newton"``, ``"tracked"``.
-      root_damping: added before the root.
-      graft: step length.
-      layout: blocks.
-      refresh_every: steps between roots.
-      statistics_every: steps between statistics.
-      timing: start, ramp, phases.
-      sharding: devices over which factors and work are divided, see :class:`Sharding`. None: none.
-      fallback: for parameters without factors.
-      factor_dtype: dtype of factors.
-      mu_dtype: dtype of the average of gradients.
-
-    Returns:
-      A GradientTransformationExtraArgs, ``2 (m^2 + n^2)`` numbers per block as above.
-
-    Raises:
-      ValueError: as :func:`scale_by_kradagrad_star`.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import kradagrad_jax as kj
-      >>> params = {"w": jnp.ones((4, 3))}
-      >>> tx = optax.chain(kj.scale_by_kradagrad(), optax.scale(-1e-2))
-      >>> state = tx.init(params)
-      >>> grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params)
-      >>> updates, state = tx.update(grads, state, params)
+      form: as in :func:`scale_by_kradagrad_star`, without ``"delayed"``.
+      exponent: overrides 1/2 per mode, otherwise as in :func:`scale_by_shampoo`.
 
     References:
       Mei, Moreno and Walters, `KrADagrad <https://arxiv.org/abs/2305.19416>`_, UAI 2023,
       Algorithm 2.
     """
-    given = {k: v for k, v in locals().items() if k != "preset"}
-    c = choose(preset, ALTERNATING_PRESETS, given, may_be_off=("beta1",))
-    c["exponent"], c["layout"] = per_mode(c["exponent"], c["layout"])
-    return build(alternating_method(_options(c, ("direct", "factored", "exact"))), c)
+    return build(alternating_method(_options(c)), c)

@@ -14,6 +14,8 @@ WHOLE = Layout(
     block_size=None, merge="none", vectors="block", scalars="block", max_dim=None,
     state_limit=None, biases=None,
 )  # fmt: skip
+# of recommended presets: long modes are cut, and have no factor where that would be too many pieces
+CUT = dataclasses.replace(WHOLE, block_size=2048, max_dim=8192)
 
 
 def unmerged(layout: Layout) -> Layout:

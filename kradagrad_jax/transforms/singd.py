@@ -2,22 +2,18 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from kradagrad_jax.engine import Graft, Interval, Sharding, Timing
 from kradagrad_jax.engine.layers import scale_by_layers
 from kradagrad_jax.factors.singd import SingdOptions, singd_method
 from kradagrad_jax.linalg.structures import Structure, structure
-from kradagrad_jax.transforms.common import (
-    check_choice,
-    check_factor_step,
-    choose,
-    engine_arguments,
-)
+from kradagrad_jax.transforms import examples
+from kradagrad_jax.transforms.arguments import transformation
+from kradagrad_jax.transforms.common import LAYER_DEFAULTS, engine_arguments
 
 Name = str | Structure
 Names = Name | tuple[Name, Name]
@@ -30,7 +26,7 @@ def ingd_warm_up(count: jax.Array) -> jax.Array:
     return jnp.where(count <= 100, 2e-4, jnp.where(count < 500, 2e-3, 1e-2))
 
 
-_OFFICIAL: dict[str, Any] = {
+_OFFICIAL: dict[str, Any] = LAYER_DEFAULTS | {
     "structures": "dense",
     "overrides": (),
     "damping": 1e-3,
@@ -39,14 +35,7 @@ _OFFICIAL: dict[str, Any] = {
     "normalize_lr_cov": "none",
     "second_order": False,
     "statistics": "rows",
-    "approx": "expand",
-    "joint_bias": True,
     "channels_first": None,
-    "graft": "none",
-    "refresh_every": 10,
-    "timing": Timing(),
-    "fallback": "adam",
-    "factor_dtype": None,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": _OFFICIAL
@@ -65,29 +54,16 @@ INGD_PRESETS = PRESETS | {"paper": _OFFICIAL | {"lr_cov": ingd_warm_up}}
 IKFAC_PRESETS = PRESETS | {"recommended": PRESETS["recommended"] | {"damping": 1e-3}}
 
 
-def scale_by_singd(
-    spec: Any,
-    *,
-    preset: str = "recommended",
-    structures: Names | None = None,
-    overrides: Overrides | None = None,
-    damping: Any = None,
-    lr_cov: Any = None,
-    riemannian_momentum: Any = None,
-    normalize_lr_cov: str | None = None,
-    second_order: bool | None = None,
-    statistics: str | None = None,
-    approx: str | None = None,
-    joint_bias: bool | None = None,
-    channels_first: bool | None = None,
-    graft: Graft | str | None = None,
-    refresh_every: Interval | None = None,
-    timing: Timing | None = None,
-    sharding: Sharding | None = None,
-    fallback: Any = None,
-    factor_dtype: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Preconditions the gradient M of every layer by roots of its inverse curvature.
+@transformation(
+    PRESETS,
+    layers=True,
+    without="statistics_every",
+    example=examples.LAYERS,
+    normalize_lr_cov=("none", "max_entry", "frobenius"),
+    statistics=("rows", "grams"),
+)
+def scale_by_singd(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
+    r"""SINGD (arXiv 2312.05705): gradients M of layers times structured roots, without inverses.
 
     With U, G the second moments of inputs and output gradients, P the projection onto a structure,
     avg the mean of a diagonal, and s = 1/2 (under ``normalize_lr_cov`` :math:`(1-\alpha_1)/2`)
@@ -101,41 +77,30 @@ def scale_by_singd(
     in half precision; sparse structures need less memory than Adam.
 
     Args:
-      spec: what :func:`kradagrad_jax.curvature.inspect` says of the model.
       preset: ``"recommended"``: the length of Adam's step, a large factor step at every step,
         bounded by ``normalize_lr_cov="frobenius"``, no momentum; ``"official"`` (f-dangel/singd):
         small steps without a bound; ``"paper"``: the same, the papers' tuned values not being
-        published as such (for :func:`scale_by_ingd`: with the warm-up of the authors' code). Given
-        arguments override the preset.
+        published as such (for :func:`scale_by_ingd`: with the warm-up of the authors' code).
       structures: of K and C: one name for both or a pair, see
         :func:`kradagrad_jax.linalg.structures.structure`. K acts on the inputs (the bias last),
-        C on the outputs. Default: dense.
+        C on the outputs.
       overrides: other structures for some layers: pairs of a regular expression (searched in the
         path of the weight) or a predicate of the :class:`~kradagrad_jax.curvature.Layer`, and
         structures, or None for the fallback. The first that matches wins.
       damping: lambda: a number or a schedule. 0 lets factors grow where there is no curvature; a
-        large value is plain gradient descent, scaled. Recommended: 3e-5 (:func:`scale_by_ikfac`:
-        1e-3), official 1e-3.
-      lr_cov: beta_1, the factor step: a number or a schedule of the step (from 0).
-        Recommended: 0.8 (normalised), official 1e-2.
-      riemannian_momentum: alpha_1. A plain 0: no memory for it. Recommended: 0, official 0.5.
+        large value is plain gradient descent, scaled.
+      lr_cov: beta_1, the factor step, below 1: a number or a schedule of the step (from 0).
+      riemannian_momentum: alpha_1. A plain 0: no memory for it.
       normalize_lr_cov: divide the factor step by ``max(1, size of m)``: ``"max_entry"`` (official
         option; no guarantee), ``"frobenius"`` (with lr_cov < 1 factors stay invertible whatever the
         scale of the inputs), or ``"none"``.
       second_order: keep the second term of the exponential.
       statistics: ``"rows"`` (capture with ``reducer="raw"``) or ``"grams"`` (any reducer; forms U
         and G, which rows avoid for sparse structures).
-      approx: ``"expand"`` or ``"reduce"`` (arXiv 2311.00636) for weights used at several positions.
-      joint_bias: treat a layer's bias as a row of its weight; False: leave it to the fallback.
       channels_first: order the inputs of convolutions as (channel, height, width), as the official
         code does. None: where a structure depends on their order.
-      graft: step length per layer from another method, see :class:`Graft`; ``"none"``: its own.
       refresh_every: T, steps between factor updates, the first step included; statistics given at
-        other steps are ignored. Recommended: 1 (short runs do not gain with 10), official 10.
-      timing: start and ramp, see :class:`Timing`.
-      sharding: devices over which factors and work are divided, see :class:`Sharding`. None: none.
-      fallback: for leaves that are no layer (and embeddings): a graft kind (default ``"adam"``),
-        ``"identity"``, or a GradientTransformation with positive sign.
+        other steps are ignored. Short runs do not gain with 10.
       factor_dtype: dtype of K, C and momenta, or a pair of dtypes for K and C; bfloat16 freezes
         factors early for lr_cov far below 0.1. None: float32 (float64 for float64 parameters).
 
@@ -144,101 +109,50 @@ def scale_by_singd(
       per layer shape: the numbers of its structures, twice that with momentum.
 
     Raises:
-      ValueError: unknown preset, structure or choice; a model without layers; parameters that do
-        not fit ``spec``; an update without ``curvature``.
+      ValueError: an unknown structure; a model without layers; parameters that do not fit ``spec``;
+        an update without ``curvature``.
 
     References:
       Lin et al., `SINGD <https://arxiv.org/abs/2312.05705>`_, 2024, and
       `INGD <https://arxiv.org/abs/2302.09738>`_, 2023.
     """
-    given = {k: v for k, v in locals().items() if k not in ("preset", "spec")}
-    return _build(spec, choose(preset, PRESETS, given), adaptive=True)
+    return _build(c, adaptive=True)
 
 
-def scale_by_ingd(
-    spec: Any,
-    *,
-    preset: str = "recommended",
-    damping: Any = None,
-    lr_cov: Any = None,
-    riemannian_momentum: Any = None,
-    normalize_lr_cov: str | None = None,
-    second_order: bool | None = None,
-    statistics: str | None = None,
-    approx: str | None = None,
-    joint_bias: bool | None = None,
-    graft: Graft | str | None = None,
-    refresh_every: Interval | None = None,
-    timing: Timing | None = None,
-    sharding: Sharding | None = None,
-    fallback: Any = None,
-    factor_dtype: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-    """INGD: :func:`scale_by_singd` with dense factors.
+@transformation(
+    INGD_PRESETS,
+    like=scale_by_singd,
+    without="structures overrides channels_first statistics_every",
+)
+def scale_by_ingd(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
+    """INGD (arXiv 2302.09738): inverse-free natural gradient, SINGD with dense factors.
 
-    Args:
-      spec, preset, damping, lr_cov, riemannian_momentum: as in :func:`scale_by_singd`.
-      normalize_lr_cov, second_order, statistics, approx, joint_bias: likewise.
-      graft, refresh_every, timing, sharding, fallback, factor_dtype: likewise.
+    The recommended preset is that of :func:`scale_by_singd`: they differ in ``"paper"`` alone.
 
     Returns:
       As :func:`scale_by_singd`; ``d_in^2 + d_out^2`` numbers per layer, twice with momentum.
 
-    Raises:
-      ValueError: as :func:`scale_by_singd`.
-
     References:
       Lin et al., `INGD <https://arxiv.org/abs/2302.09738>`_, 2023.
     """
-    given = {k: v for k, v in locals().items() if k not in ("preset", "spec")}
-    return _build(spec, choose(preset, INGD_PRESETS, given), adaptive=True)
+    return _build(c, adaptive=True)
 
 
-def scale_by_ikfac(
-    spec: Any,
-    *,
-    preset: str = "recommended",
-    structures: Names | None = None,
-    overrides: Overrides | None = None,
-    damping: Any = None,
-    lr_cov: Any = None,
-    normalize_lr_cov: str | None = None,
-    second_order: bool | None = None,
-    statistics: str | None = None,
-    approx: str | None = None,
-    joint_bias: bool | None = None,
-    channels_first: bool | None = None,
-    graft: Graft | str | None = None,
-    refresh_every: Interval | None = None,
-    timing: Timing | None = None,
-    sharding: Sharding | None = None,
-    fallback: Any = None,
-    factor_dtype: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""IKFAC: K-FAC's damped inverses, followed to first order by matrix products.
+@transformation(IKFAC_PRESETS, like=scale_by_singd, without="riemannian_momentum statistics_every")
+def scale_by_ikfac(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
+    r"""IKFAC (arXiv 2312.05705): K-FAC's damped inverses followed by matrix products alone.
 
     :math:`m_K = (P(K^T U K) + \lambda P(K^T K) - I)/2`, without weights from the other side and
     without momentum: ``K K^T`` is the inverse of K-FAC's ``S + lambda I``, S averaged with decay
     ``1 - lr_cov``, up to O(lr_cov^2) per step.
 
-    Args:
-      spec, preset, structures, overrides: as in :func:`scale_by_singd`.
-      damping, lr_cov, normalize_lr_cov, second_order, statistics: likewise.
-      approx, joint_bias, channels_first, graft, refresh_every: likewise.
-      timing, sharding, fallback, factor_dtype: likewise.
-
     Returns:
       As :func:`scale_by_singd`, without momenta: ``d_in^2 + d_out^2`` numbers per dense layer.
-
-    Raises:
-      ValueError: as :func:`scale_by_singd`.
 
     References:
       Lin et al., `SINGD <https://arxiv.org/abs/2312.05705>`_, 2024.
     """
-    given = {k: v for k, v in locals().items() if k not in ("preset", "spec")}
-    chosen = choose(preset, IKFAC_PRESETS, given) | {"riemannian_momentum": 0.0}
-    return _build(spec, chosen, adaptive=False)
+    return _build(c | {"riemannian_momentum": 0.0}, adaptive=False)
 
 
 def pair_of(names: Names) -> Pair:
@@ -254,15 +168,6 @@ def pair_of(names: Names) -> Pair:
     return structure(names[0]), structure(names[1])
 
 
-@overload
-def group_of(pair: Pair) -> str: ...
-@overload
-def group_of(pair: None) -> None: ...
-def group_of(pair: Pair | None) -> str | None:
-    """Name of the group of layers that have these structures; None for the fallback."""
-    return None if pair is None else f"{pair[0].name}|{pair[1].name}"
-
-
 def _layer_structures(layer: Any, default: Pair, overrides: Overrides) -> Pair | None:
     """What a layer gets; None: the fallback."""
     if layer.kind == "embed":
@@ -274,35 +179,25 @@ def _layer_structures(layer: Any, default: Pair, overrides: Overrides) -> Pair |
     return default
 
 
-def _build(spec: Any, c: dict[str, Any], adaptive: bool) -> optax.GradientTransformationExtraArgs:
-    check_factor_step(c["lr_cov"])
-    check_choice("normalize_lr_cov", c["normalize_lr_cov"], ("none", "max_entry", "frobenius"))
-    check_choice("statistics", c["statistics"], ("rows", "grams"))
-    check_choice("approx", c["approx"], ("expand", "reduce"))
+def _build(c: dict[str, Any], adaptive: bool) -> optax.GradientTransformationExtraArgs:
     if c["timing"].stagger:
         raise ValueError("Timing(stagger=True) does not apply: factors move when statistics come")
-    default = pair_of(c["structures"])
+    spec, default = c["spec"], pair_of(c["structures"])
     pairs = {x.path: _layer_structures(x, default, c["overrides"]) for x in spec.layers}
-    used = {group_of(p): p for p in pairs.values() if p is not None}
+    groups = {path: f"{p[0].name}|{p[1].name}" for path, p in pairs.items() if p is not None}
+    used = {groups[path]: pair for path, pair in pairs.items() if pair is not None}
     dtypes = c["factor_dtype"]
     dtypes = dtypes if isinstance(dtypes, (tuple, list)) else (dtypes, dtypes)
     k_dtype, c_dtype = (None if d is None else jnp.dtype(d) for d in dtypes)
-    options = SingdOptions(
-        adaptive=adaptive,
-        damping=c["damping"],
-        lr_cov=c["lr_cov"],
-        riemannian_momentum=c["riemannian_momentum"],
-        normalize_lr_cov=c["normalize_lr_cov"],
-        second_order=c["second_order"],
-        factor_dtypes=(k_dtype, c_dtype),
-    )
+    numbers = {name: c[name] for name in SingdOptions._fields if name in c and name != "structures"}
+    options = SingdOptions(**numbers, adaptive=adaptive, factor_dtypes=(k_dtype, c_dtype))
     first = c["channels_first"]
     if first is None:
         first = any(pair[0].name not in ("dense", "diagonal") for pair in used.values())
     return scale_by_layers(
         {name: singd_method(options._replace(structures=pair)) for name, pair in used.items()},
         spec,
-        assign=lambda layer: group_of(pairs[layer.path]),
+        assign=lambda layer: groups.get(layer.path),
         form=c["statistics"],
         approx=c["approx"],
         joint_bias=c["joint_bias"],

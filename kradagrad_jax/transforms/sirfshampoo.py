@@ -9,40 +9,32 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kradagrad_jax.engine import (
-    Graft,
-    Interval,
-    Layout,
-    Sharding,
-    Timing,
-    scale_by_blocks,
-)
+from kradagrad_jax.engine import scale_by_blocks
 from kradagrad_jax.engine.plan import Plan
 from kradagrad_jax.engine.static import Source
 from kradagrad_jax.factors.sirfshampoo import SirfOptions, sirf_method
 from kradagrad_jax.linalg.structures import Structure, structure
-from kradagrad_jax.transforms.common import check_factor_step, choose, engine_arguments
-from kradagrad_jax.transforms.sampled import WHOLE
+from kradagrad_jax.transforms import examples
+from kradagrad_jax.transforms.arguments import transformation
+from kradagrad_jax.transforms.common import BLOCK_DEFAULTS, engine_arguments
+from kradagrad_jax.transforms.sampled import CUT, WHOLE
 
 Name = str | Structure
 PerAxis = Name | tuple[Name, ...] | Mapping[int, "Name | tuple[Name, ...]"]
 Overrides = Sequence[tuple[str | Callable[[str, tuple[int, ...]], bool], PerAxis]]
 FLATTEN = "flatten:"
 
-_OFFICIAL: dict[str, Any] = {
+_OFFICIAL: dict[str, Any] = BLOCK_DEFAULTS | {
     "batch_size": None,
     "structures": "dense",
     "overrides": (),
-    "max_dim": None,
+    "max_dim": "none",
     "damping": 1e-3,
     "lr_cov": 1e-2,
     "riemannian_momentum": 0.5,
     "graft": "none",
     "refresh_every": 1,
     "layout": WHOLE,
-    "timing": Timing(),
-    "fallback": "diagonal",
-    "factor_dtype": None,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": _OFFICIAL
@@ -50,8 +42,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_cov": 0.6,
         "damping": 1e-4,
         "riemannian_momentum": 0.0,
-        "max_dim": 2048,
         "graft": "adam",
+        "layout": CUT,
     },
     "official": _OFFICIAL,
     "paper": _OFFICIAL
@@ -65,25 +57,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def scale_by_sirfshampoo(
-    *,
-    preset: str = "recommended",
-    batch_size: Any = None,
-    structures: PerAxis | None = None,
-    overrides: Overrides | None = None,
-    max_dim: int | None = None,
-    damping: Any = None,
-    lr_cov: Any = None,
-    riemannian_momentum: Any = None,
-    graft: Graft | str | None = None,
-    layout: Layout | None = None,
-    refresh_every: Interval | None = None,
-    timing: Timing | None = None,
-    sharding: Sharding | None = None,
-    fallback: Any = None,
-    factor_dtype: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Preconditions every axis of the gradient G by a root of the inverse of its curvature.
+@transformation(
+    PRESETS,
+    without="statistics_every mu_dtype",
+    off="max_dim",
+    example=examples.MEANS,
+)
+def scale_by_sirfshampoo(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
+    r"""SIRFShampoo (arXiv 2402.03496): Shampoo without root and inverse, structured factors.
 
     The curvature is the Fisher matrix of the mini-batch gradient, ``B vec(G) vec(G)^T`` for a mean
     over B examples. With :math:`Y = \sqrt{B}\, G \times_1 K_1^T \cdots \times_N K_N^T`, D entries,
@@ -98,10 +79,10 @@ def scale_by_sirfshampoo(
     Axes of length 1 have no factor. Factors stay invertible for ``lr_cov < 1`` at any scale.
 
     Args:
-      preset: ``"recommended"``: the length of Adam's step, lr_cov 0.6 without momentum, diagonal
-        factors for axes above 2048; ``"official"`` (f-dangel/sirfshampoo): lr_cov 1e-2, dense
-        factors whatever the length; ``"paper"``: near the tuned values of
-        arXiv 2402.03496, bfloat16 factors. Given arguments override the preset.
+      preset: ``"recommended"``: the length of Adam's step, lr_cov 0.6 without momentum, axes above
+        2048 cut into pieces of at most this length (and none above 8192 preconditioned);
+        ``"official"`` (f-dangel/sirfshampoo): lr_cov 1e-2, dense factors whatever the length;
+        ``"paper"``: near the tuned values of arXiv 2402.03496, bfloat16 factors.
       batch_size: B, number of terms that the loss averages over: a number, or None: it is given as
         ``update(..., batch_size=...)``. A wrong value is a wrong scale of the curvature.
       structures: one name for all axes, a tuple with one per axis longer than 1, or a mapping from
@@ -110,17 +91,11 @@ def scale_by_sirfshampoo(
         the path) or a predicate ``(path, shape)``, and structures; a name ``"flatten:..."`` treats
         the parameter as one vector, as for embeddings with a diagonal factor. The first that
         matches wins.
-      max_dim: axes longer than this get a diagonal factor. Recommended: 2048.
-      damping: lambda: a number or a schedule. Recommended: 1e-4, official 1e-3.
+      max_dim: axes of a block longer than this get a diagonal factor; ``"none"``: none does.
+      damping: lambda: a number or a schedule.
       lr_cov: beta_2, the factor step, below 1: a number or a schedule of the step (from 0).
-      riemannian_momentum: alpha_2. A plain 0: no memory for it. Recommended: 0, official 0.5.
-      graft: step length per parameter from another method; ``"none"``: its own.
-      layout: how parameters are cut into blocks. Default: whole, as they are.
-      refresh_every: T, steps between factor updates, the first step included. Default 1 (paper 2).
-      timing: start and ramp, see :class:`Timing`.
-      sharding: devices over which factors and work are divided, see :class:`Sharding`. None: none.
-      fallback: for parameters without factors (those that ``layout`` leaves out):
-        ``"diagonal"`` (the graft's direction), ``"identity"``, a graft kind, or a transformation.
+      riemannian_momentum: alpha_2. A plain 0: no memory for it.
+      refresh_every: T, steps between factor updates, the first step included.
       factor_dtype: dtype of factors and momenta, a tuple with one per axis, or a mapping as for
         ``structures``. None: float32 (float64 for float64 parameters).
 
@@ -129,25 +104,12 @@ def scale_by_sirfshampoo(
       per shape: ``sum d_n^2`` numbers for dense factors (twice that with momentum).
 
     Raises:
-      ValueError: unknown preset or structure; a tuple whose length is not the number of axes; no
-        batch size.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> from kradagrad_jax.transforms.sirfshampoo import scale_by_sirfshampoo
-      >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((8, 4))
-      >>> tx = optax.chain(scale_by_sirfshampoo(batch_size=8), optax.scale(-1e-2))
-      >>> state = tx.init(params)
-      >>> grads = jax.grad(lambda p: jnp.mean((x @ p["w"]) ** 2))(params)
-      >>> updates, state = tx.update(grads, state, params)
+      ValueError: unknown structure; a tuple whose length is not the number of axes; no batch size.
 
     References:
       Lin et al., `Can we remove the square root in adaptive gradient methods?
       <https://arxiv.org/abs/2402.03496>`_, 2024.
     """
-    given = {k: v for k, v in locals().items() if k != "preset"}
-    c = choose(preset, PRESETS, given)
-    check_factor_step(c["lr_cov"])
     if c["timing"].stagger:
         raise ValueError("Timing(stagger=True) does not apply: factors move with every statistic")
     choices = [(None, c["structures"]), *c["overrides"]]
@@ -175,7 +137,7 @@ def _method(c: dict[str, Any], per_axis: PerAxis) -> Any:
     flatten, names = False, per_axis
     if isinstance(per_axis, str):
         flatten, names = per_axis.startswith(FLATTEN), per_axis.removeprefix(FLATTEN)
-    _check_names(names)
+    meaning = _meaning(names)  # unknown structures are refused at once, not while tracing
 
     def structures(dims: tuple[int, ...]) -> tuple[Structure, ...]:
         chosen = per_axis_of(names, len(dims), "structures")
@@ -191,7 +153,13 @@ def _method(c: dict[str, Any], per_axis: PerAxis) -> Any:
 
     return sirf_method(
         SirfOptions(
-            structures, dtypes, flatten, c["damping"], c["lr_cov"], c["riemannian_momentum"]
+            structures,
+            dtypes,
+            flatten,
+            c["damping"],
+            c["lr_cov"],
+            c["riemannian_momentum"],
+            meaning,
         )
     )
 
@@ -219,12 +187,13 @@ def per_axis_of(value: Any, order: int, what: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _check_names(names: PerAxis) -> None:
-    """Raises ValueError for unknown structures at once, not while tracing."""
-    flat = names.values() if isinstance(names, Mapping) else [names]
-    for entry in flat:
-        for name in entry if isinstance(entry, (tuple, list)) else [entry]:
-            structure(name)
+def _meaning(names: PerAxis) -> str:
+    """The structures in their normal form; raises ValueError for an unknown one."""
+    entries = names if isinstance(names, Mapping) else {"": names}
+    axes = {k: x if isinstance(x, (tuple, list)) else [x] for k, x in entries.items()}
+    return ", ".join(
+        f"{k}{':' * bool(k)}{'|'.join(structure(n).name for n in x)}" for k, x in axes.items()
+    )
 
 
 def _source(batch_size: Any) -> Source:

@@ -6,16 +6,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kradagrad_jax.engine import Interval, Layout, Sharding, Timing, scale_by_blocks
+from kradagrad_jax.engine import Interval, scale_by_blocks
 from kradagrad_jax.engine.layers import scale_by_layers
 from kradagrad_jax.engine.timing import interval_at
 from kradagrad_jax.factors.tnt import TntOptions, tnt_method
-from kradagrad_jax.transforms import sampled
-from kradagrad_jax.transforms.common import check_choice, choose, engine_arguments
+from kradagrad_jax.transforms import examples, sampled
+from kradagrad_jax.transforms.arguments import transformation
+from kradagrad_jax.transforms.common import BLOCK_DEFAULTS, engine_arguments
+from kradagrad_jax.transforms.ranges import check
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "recommended": {
+    "recommended": BLOCK_DEFAULTS
+    | {
         "fisher": "model",
+        "spec": None,
         "damping": 0.1,
         "damping_rule": "per_mode",
         "relative_damping": 0.0,
@@ -25,20 +29,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "inverse": "cholesky",
         "statistics": "gram",
         "grouping": "filter_flattening",
-        "max_dim": 2048,
+        "max_dim": "none",
         "fisher_scale": 1.0,
         "max_rate": 1.0,
+        "learning_rate": None,
         "early_refresh": True,
         "refresh_every": 20,
-        "statistics_every": 1,
-        "timing": Timing(),
-        "layout": sampled.WHOLE,
+        "layout": sampled.CUT,
         "fallback": None,
     }
 }
 PRESETS["paper"] = PRESETS["recommended"] | {
     "averaging": "first",
-    "max_dim": None,
+    "layout": sampled.WHOLE,
     "max_rate": "none",
 }
 PRESETS["official_cnn"] = PRESETS["paper"] | {
@@ -48,35 +51,16 @@ PRESETS["official_cnn"] = PRESETS["paper"] | {
 }
 
 
-def scale_by_tnt(
-    *,
-    preset: str = "recommended",
-    fisher: str | None = None,
-    spec: Any = None,
-    damping: Any = None,
-    damping_rule: str | None = None,
-    relative_damping: Any = None,
-    beta1: Any = None,
-    beta2: Any = None,
-    averaging: str | None = None,
-    inverse: Any = None,
-    statistics: str | None = None,
-    grouping: Any = None,
-    max_dim: int | None = None,
-    fisher_scale: Any = None,
-    max_rate: Any = None,
-    learning_rate: Any = None,
-    early_refresh: bool | None = None,
-    layout: Layout | None = None,
-    refresh_every: Interval | None = None,
-    statistics_every: Interval | None = None,
-    timing: Timing | None = None,
-    sharding: Sharding | None = None,
-    fallback: Any = None,
-    factor_dtype: Any = None,
-    mu_dtype: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Preconditions the momentum of every parameter by the damped inverse of its Fisher block.
+@transformation(
+    PRESETS,
+    off="beta1 max_dim max_rate",
+    example=examples.SAMPLES,
+    damping_rule=("per_mode", "factored", "joint"),
+    averaging=("first", "corrected", "official"),
+    statistics=("gram", "square_root"),
+)
+def scale_by_tnt(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
+    r"""TNT (arXiv 2106.02925): momentum times the damped inverse of a sampled Fisher block.
 
     For a matrix G, sampled gradients S and :math:`k = 2` modes
 
@@ -94,51 +78,51 @@ def scale_by_tnt(
     :func:`tnt_rates`) near a sane learning rate of SGD, or set ``max_rate``.
 
     Args:
-      preset: ``"recommended"``; ``"paper"`` (the autoencoder setting of arXiv 2106.02925: no bound
-        on the rate, no cap on dimensions; the average starts at the first statistic);
-        ``"official_cnn"`` (damping 0.01, statistics every 10, inverses every 100 steps). Arguments
-        that are given override the preset. The paper's warm start is :func:`tnt_warm_start`.
+      preset: ``"recommended"``: modes above 2048 are cut into pieces of at most this length (and
+        have no factor above 8192); ``"paper"`` (the autoencoder setting of arXiv 2106.02925: no
+        bound on the rate, no cut; the average starts at the first statistic); ``"official_cnn"``
+        (damping 0.01, statistics every 10, inverses every 100 steps). The paper's warm start is
+        :func:`tnt_warm_start`.
       fisher: ``"model"``: sampled gradients; ``"empirical"`` (TNT-EF): the gradient itself, nothing
-        else is needed; wants a damping up to ten times as large. Default: model.
+        else is needed; wants a damping up to ten times as large.
       spec: what :func:`kradagrad_jax.curvature.inspect` says of the model. If it is given, dense
         layers (bias joint) take their statistics per example from layer inputs and output
         gradients (``curvature=`` of :mod:`kradagrad_jax.curvature` with ``reducer="raw"``): less
         noise by about the batch size. ``fisher``, ``grouping`` and ``layout`` do not apply, and
         other leaves get ``fallback``. At shared weights every position counts as an example.
-      damping: epsilon, 0.01 to 1, tuned with the learning rate: number or schedule. Default 0.1.
+      damping: epsilon, 0.01 to 1, tuned with the learning rate: number or schedule.
       damping_rule: ``"per_mode"``: epsilon is added to every U; ``"factored"``:
         ``damping**(1/k)`` is (kfac-jax); ``"joint"``: ``(U_1 x .. x U_k + damping)^-1`` by
         eigendecompositions.
       relative_damping: rho: ``rho * c`` is added to epsilon, which keeps its value as a floor. Runs
-        that relied on rho alone diverged: not recommended. Default 0.
-      beta1: heavy-ball momentum BEFORE the preconditioner; ``"none"``: none. Default 0.9.
-      beta2: decay of the averages of the statistics. Default 0.9.
+        that relied on rho alone diverged: not recommended.
+      beta1: heavy-ball momentum BEFORE the preconditioner; ``"none"``: none.
+      beta2: decay of the averages of the statistics.
       averaging: ``"first"``: starts at the first statistic; ``"corrected"``: weighted mean of all
         statistics so far; ``"official"``: the authors' cold start, whose weights exceed one.
-      inverse: ``"cholesky"``, ``"eigh"``, ``"newton"`` (matmuls only), or a function of one
-        symmetric positive definite matrix.
+      inverse: ``"cholesky"``, ``"eigh"``, ``"newton"`` (matmuls only; the authors' iteration stops
+        elsewhere, parameters differ by 4e-8 from theirs), or a function of one symmetric positive
+        definite matrix.
       statistics: ``"gram"``, or ``"square_root"``: R with R^T R = Omega is kept and updated by QR,
         for float32 with a damping below 1e-4 c.
       grouping: which axes form one mode: ``"filter_flattening"`` (kernels ``(h, w, in, out)`` have
         the modes ``h*w``, in, out), ``"kfac_reshaping"`` (``h*w*in``, out), ``"none"``, or a
         function ``block shape -> groups of axes``.
-      max_dim: modes longer than this keep the diagonal of Omega only. Recommended: 2048.
-      fisher_scale: multiplies every statistic; the batch size gives the Fisher matrix. Default 1.
+      max_dim: modes longer than this keep the diagonal of Omega only; ``"none"``: none does.
+      fisher_scale: multiplies every statistic; the batch size gives the Fisher matrix.
       max_rate: the direction of a block is shortened to ``max_rate / learning_rate`` times the
         length of its momentum: no block ever moves further than SGD with this learning rate would.
-        Recommended: 1 where ``learning_rate`` is known. ``"none"``: no bound.
+        Unless it is given, it acts where ``learning_rate`` is known. ``"none"``: no bound.
       learning_rate: what updates will be multiplied by, for ``max_rate``: a number or a schedule.
       early_refresh: inverses at every statistic until ``refresh_every`` steps are done.
       layout: how parameters are cut into blocks (``block_size``, ``stacked``, ``include``; its
-        ``merge`` is always ``"none"``). Default: whole parameters, vectors included.
-      refresh_every: T2, steps between inverses. Default 20.
-      statistics_every: T1, steps between statistics. Default 1.
+        ``merge`` is always ``"none"``).
+      refresh_every: T2, steps between inverses.
+      statistics_every: T1, steps between statistics.
       timing: start, ramp, phases, staggering (without early refresh), see :class:`Timing`.
-      sharding: devices over which factors and work are divided, see :class:`Sharding`. None: none.
       fallback: for parameters without factors: ``"identity"`` (the momentum; the default but with
         ``spec``), a graft kind (``"adam"``: the default with ``spec``), or a GradientTransformation
         with positive sign.
-      factor_dtype: dtype of the factors. None: float32, or float64 for float64 parameters.
       mu_dtype: dtype of the momentum. None: as ``factor_dtype``.
 
     Returns:
@@ -147,29 +131,17 @@ def scale_by_tnt(
       momentum, ``mu``.
 
     Raises:
-      ValueError: unknown preset or choice; combinations that do not exist; ``max_rate`` without
+      ValueError: combinations that do not exist; ``max_rate`` without
         ``learning_rate``; an update without ``curvature``.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> from kradagrad_jax.curvature import losses, sampled_gradients
-      >>> from kradagrad_jax.transforms.tnt import scale_by_tnt
-      >>> params, x, labels = {"w": jnp.ones((4, 3))}, jnp.ones((8, 4)), jnp.zeros(8, int)
-      >>> step = sampled_gradients(lambda p, x: x @ p["w"], losses.softmax_cross_entropy())
-      >>> tx = optax.chain(scale_by_tnt(), optax.scale(-1e-3))
-      >>> state = tx.init(params)
-      >>> (value, _), grads, samples = step(params, x, labels, rng=jax.random.key(0))
-      >>> updates, state = tx.update(grads, state, params, curvature=samples)
 
     References:
       Ren and Goldfarb, `Tensor Normal Training <https://arxiv.org/abs/2106.02925>`_, 2021.
     """
-    given = {k: v for k, v in locals().items() if k not in ("preset", "spec", "learning_rate")}
-    c = choose(preset, PRESETS, given, may_be_off=("beta1", "max_rate"))
-    method = tnt_method(tnt_options(c, max_rate, learning_rate, spec is not None))
+    spec = c["spec"]
+    method = tnt_method(tnt_options(c))
     c["fallback"] = c["fallback"] or ("identity" if spec is None else "adam")
     c["refresh_every"] = _refresh_interval(c)
-    engine = engine_arguments(c) | {"average": "sum"}
+    engine = engine_arguments(c | {"average": "sum"})
     if spec is not None:
         del engine["layout"]
         return scale_by_layers(method, spec, form="rows", **engine)
@@ -177,26 +149,22 @@ def scale_by_tnt(
     return scale_by_blocks(method, source=sampled.source("tnt", c["fisher"]), **engine)
 
 
-def tnt_options(c: dict[str, Any], max_rate: Any, learning_rate: Any, layers: bool) -> TntOptions:
-    """Checked options of the method; ``max_rate`` as the caller gave it."""
-    check_choice("fisher", c["fisher"], ("model", "empirical"))
-    check_choice("damping_rule", c["damping_rule"], ("per_mode", "factored", "joint"))
-    check_choice("averaging", c["averaging"], ("first", "corrected", "official"))
-    check_choice("statistics", c["statistics"], ("gram", "square_root"))
+def tnt_options(c: dict[str, Any]) -> TntOptions:
+    """Checked options of the method."""
     if not callable(c["inverse"]):
-        check_choice("inverse", c["inverse"], ("cholesky", "eigh", "newton"))
+        check("inverse", c["inverse"], ("cholesky", "eigh", "newton"))
     if not callable(c["grouping"]):
         names = ("filter_flattening", "kfac_reshaping", "none")
-        check_choice("grouping", c["grouping"], names)
+        check("grouping", c["grouping"], names)
     if c["statistics"] == "square_root" and c["damping_rule"] == "joint":
         raise ValueError("statistics='square_root' does not go with damping_rule='joint'")
-    if max_rate is not None and learning_rate is None:
+    rate = c["learning_rate"]
+    if c["max_rate"] is not None and "max_rate" in c["given"] and rate is None:
         raise ValueError("max_rate needs learning_rate: the bound is on lr |u| / |momentum|")
-    bound = None if learning_rate is None else c["max_rate"]
     options = {name: c[name] for name in TntOptions._fields if name in c}
-    if layers:
+    if c["spec"] is not None:
         options["grouping"] = "none"
-    return TntOptions(**options, max_gain=_gain(bound, learning_rate))
+    return TntOptions(**options, max_gain=None if rate is None else _gain(c["max_rate"], rate))
 
 
 def _gain(max_rate: Any, learning_rate: Any) -> Any:

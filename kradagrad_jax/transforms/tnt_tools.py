@@ -12,8 +12,8 @@ from kradagrad_jax.engine.timing import Now
 from kradagrad_jax.factors.modes import axis_groups
 from kradagrad_jax.factors.tnt import TntFactor, tnt_method
 from kradagrad_jax.transforms import sampled
-from kradagrad_jax.transforms.common import choose
-from kradagrad_jax.transforms.tnt import PRESETS, tnt_options
+from kradagrad_jax.transforms.arguments import bound, declaration_of
+from kradagrad_jax.transforms.tnt import scale_by_tnt, tnt_options
 
 
 def tnt_warm_start(state: Any, samples: Any, params: Any, **options: Any) -> Any:
@@ -36,9 +36,8 @@ def tnt_warm_start(state: Any, samples: Any, params: Any, **options: Any) -> Any
     """
     if options.get("spec") is not None:
         raise ValueError("tnt_warm_start knows parameters, not layers (spec=)")
-    preset = options.pop("preset", "recommended")
-    c = choose(preset, PRESETS, options)
-    method = tnt_method(tnt_options(c, None, None, False)._replace(averaging="mean"))
+    c = _chosen("tnt_warm_start", options)
+    method = tnt_method(tnt_options(c)._replace(averaging="mean"))
     layout = sampled.unmerged(c["layout"])
     options_of_engine = Options(
         method, layout, Timing(), 1, 1, "first", Graft(), "identity", None, "mean",
@@ -61,6 +60,12 @@ def tnt_warm_start(state: Any, samples: Any, params: Any, **options: Any) -> Any
     if not found:
         raise ValueError("the optimizer state holds no TNT statistics")
     return out
+
+
+def _chosen(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`scale_by_tnt` makes of these arguments."""
+    declared = declaration_of(scale_by_tnt)
+    return declared.choose(bound(name, declared.signature(), (), options))
 
 
 def _is_tnt(x: Any) -> bool:
@@ -87,8 +92,7 @@ def tnt_rates(params: Any, learning_rate: float, **options: Any) -> dict[str, fl
       >>> tnt_rates({"w": jnp.ones((4, 3)), "b": jnp.ones(3)}, 1e-4, damping=0.1)
       {'b': 0.001, 'w': 0.01}
     """
-    preset = options.pop("preset", "recommended")
-    c = choose(preset, PRESETS, options)
+    c = _chosen("tnt_rates", options)
     out = {}
     plan = plan_of(params, sampled.unmerged(c["layout"]))
     for group in plan.covered:

