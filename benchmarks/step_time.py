@@ -22,9 +22,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import jax.numpy as jnp
 import optax
-from kradagrad_jax.engine.static import plan_of
 
 import kradagrad_jax as kj
+from kradagrad_jax.engine.static import plan_of
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

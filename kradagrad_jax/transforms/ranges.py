@@ -38,8 +38,8 @@ RANGES: dict[str, Check] = {
     "ema": _SHARE,
     "riemannian_momentum": _DECAY,
     "lr_cov": Range(
-        "at least 0 and below 1: a step of 1 takes a direction of large curvature out of the factor "
-        "at once and for good",
+        "at least 0 and below 1: a step of 1 takes a direction of large curvature out of the "
+        "factor at once and for good",
         lambda x: 0 <= x < 1,
     ),
     "clip": _POSITIVE,

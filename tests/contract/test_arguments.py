@@ -25,7 +25,7 @@ WRONG = {
     "beta1": (1, -0.1),
     "beta2": (1.5, -0.1),
     "ema": (1.1,),
-    "lr_cov": (0.0, 1.0),
+    "lr_cov": (-0.1, 1.0),
     "riemannian_momentum": (1.0,),
     "refresh_every": (0, 2.5, "often"),
     "statistics_every": (-1, 1.5),
