@@ -29,11 +29,28 @@ class Tile(NamedTuple):
     sizes: Shape
 
 
-class Part(NamedTuple):
-    """A leaf, or a slice of one, before equal ones are put together."""
+class Leaves(NamedTuple):
+    """Covered parameters, or equal slices of them, that are cut alike.
 
-    index: int
-    path: str
+    Attributes:
+      indices: positions among the leaves.
+      paths: their paths.
+      shape: of each leaf as given.
+      region: ``(axis, start, stop)`` where the entry is a slice of each leaf; None: all of it.
+      view: the (sliced) leaf is reshaped to this before the transpose.
+      order: axes of ``view``, those that stack first.
+      stack: product of the axes that stack (equal parts of a split among them).
+      merged: shape that is preconditioned, without the stack.
+      factored: per merged mode whether it has a factor.
+      reasons: per merged mode why it has no factor, or "".
+      explicit: whether ``Layout.modes`` speaks of them.
+      group: name of the method that treats them.
+      dtype: of their factors.
+      tiles: regions of ``merged``.
+    """
+
+    indices: tuple[int, ...]
+    paths: tuple[str, ...]
     shape: Shape
     region: tuple[int, int, int] | None
     view: Shape
@@ -41,10 +58,11 @@ class Part(NamedTuple):
     stack: int
     merged: Shape
     factored: tuple[bool, ...]
-    reasons: tuple[str, ...]
-    explicit: bool  # whether Layout.modes speaks of it
-    group: str
-    dtype: Any
+    reasons: tuple[str, ...] = ("",)
+    explicit: bool = False
+    group: str = ""
+    dtype: Any = None
+    tiles: tuple[Tile, ...] = ()
 
 
 def balanced(shape: Shape) -> Shape:
@@ -109,7 +127,7 @@ def state_numbers(merged: Shape, factored: tuple[bool, ...], layout: Layout) -> 
 
 def parts_of(
     index: int, path: str, shape: Shape, dtype: Any, names: Any, layout: Layout
-) -> list[Part] | str:
+) -> list[Leaves] | str:
     """The parts of a leaf, one unless ``split`` cuts it unevenly; or why it is not covered."""
     if 0 in shape:
         return "empty"
@@ -152,7 +170,7 @@ def _cuts(
     return equal, regions or [None]
 
 
-def part_of(index, path, shape, region, axes: Axes, equal, dtype, layout: Layout) -> Part | str:
+def part_of(index, path, shape, region, axes: Axes, equal, dtype, layout: Layout) -> Leaves | str:
     local = list(shape)
     if region is not None:
         local[region[0]] = region[2] - region[1]
@@ -194,14 +212,14 @@ def part_of(index, path, shape, region, axes: Axes, equal, dtype, layout: Layout
     )
     if all(reasons):
         return ", ".join(dict.fromkeys(reasons))
-    return Part(
-        index, path, shape, region, tuple(view), order, math.prod(view[a] for a in first), merged,
-        tuple(not r for r in reasons), reasons, asked is not None,
-        "" if layout.group is None else layout.group(path, shape), dtype,
+    return Leaves(
+        (index,), (path,), shape, region, tuple(view), order, math.prod(view[a] for a in first),
+        merged, tuple(not r for r in reasons), reasons, asked is not None,
+        "" if layout.group is None else layout.group(path, shape), np.dtype(dtype),
     )  # fmt: skip
 
 
-def limited(parts: list[Part], layout: Layout) -> list[Part]:
+def limited(parts: list[Leaves], layout: Layout) -> list[Leaves]:
     """Applies ``state_limit``: by merged shapes, so that scanned and unrolled trees agree."""
     number: dict[tuple[Shape, tuple[bool, ...]], int] = {}  # how many, of those that may change
     state, weights = 0, 0

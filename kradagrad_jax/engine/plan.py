@@ -15,38 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kradagrad_jax.engine.layout import Layout, check_patterns, is_included
-from kradagrad_jax.engine.parts import Part, Tile, limited, parts_of, tiles_of
+from kradagrad_jax.engine.parts import Leaves, Tile, limited, parts_of, tiles_of
 from kradagrad_jax.engine.rules import Shape
-
-
-class Leaves(NamedTuple):
-    """Covered parameters of one shape that are cut alike.
-
-    Attributes:
-      indices: positions among the leaves.
-      paths: their paths.
-      shape: of each leaf as given.
-      region: ``(axis, start, stop)`` where the entry is a slice of each leaf; None: all of it.
-      view: the (sliced) leaf is reshaped to this before the transpose.
-      order: axes of ``view``, those that stack first.
-      stack: product of the axes that stack (equal parts of a split among them).
-      merged: shape that is preconditioned, without the stack.
-      factored: per merged mode whether it has a factor.
-      tiles: regions of ``merged``.
-      reasons: per merged mode why it has no factor, or "".
-    """
-
-    indices: tuple[int, ...]
-    paths: tuple[str, ...]
-    shape: Shape
-    region: tuple[int, int, int] | None
-    view: Shape
-    order: tuple[int, ...]
-    stack: int
-    merged: Shape
-    factored: tuple[bool, ...]
-    tiles: tuple[Tile, ...]
-    reasons: tuple[str, ...]
 
 
 class Slot(NamedTuple):
@@ -111,7 +81,7 @@ def make_plan(
     check_patterns(layout, paths)
     if layout.joined:
         return _joined(paths, shapes, dtypes, layout)
-    parts: list[Part] = []
+    parts: list[Leaves] = []
     uncovered = []
     for index, (path, shape, dtype) in enumerate(zip(paths, shapes, dtypes, strict=True)):
         found = parts_of(index, path, shape, dtype, None if names is None else names[index], layout)
@@ -119,23 +89,17 @@ def make_plan(
             uncovered.append((index, path, shape, found))
         else:
             parts += found
-    alike: dict[tuple[Any, ...], list[Part]] = {}
+    alike: dict[Leaves, list[Leaves]] = {}
     for p in limited(parts, layout):
-        key = (p.shape, p.region, p.view, p.order, p.merged, p.factored, p.reasons, p.group)
-        alike.setdefault((*key, np.dtype(p.dtype).name), []).append(p)
+        alike.setdefault(p._replace(indices=(), paths=()), []).append(p)
     covered, slots = [], {}
-    for same in alike.values():
-        p = same[0]
-        tiles = tiles_of(p.merged, p.factored, layout)
-        for tile in tiles:
-            entry = len(covered), tile, len(same) * p.stack * math.prod(tile.counts)
-            slots.setdefault((p.group, tile.sizes, p.factored, np.dtype(p.dtype)), []).append(entry)
-        covered.append(
-            Leaves(
-                tuple(q.index for q in same), tuple(q.path for q in same),
-                p.shape, p.region, p.view, p.order, p.stack, p.merged, p.factored, tiles, p.reasons,
-            )
-        )  # fmt: skip
+    for entry, same in alike.items():
+        for tile in (tiles := tiles_of(entry.merged, entry.factored, layout)):
+            where = len(covered), tile, len(same) * entry.stack * math.prod(tile.counts)
+            key = entry.group, tile.sizes, entry.factored, entry.dtype
+            slots.setdefault(key, []).append(where)
+        indices, paths = (sum((getattr(p, n) for p in same), ()) for n in ("indices", "paths"))
+        covered.append(entry._replace(indices=indices, paths=paths, tiles=tiles))
     keys = sorted(slots, key=lambda k: (*k[:3], str(k[3])))
     buckets = tuple(_bucket(key, slots[key], keys) for key in keys)
     return Plan(tuple(covered), tuple(uncovered), buckets)
@@ -165,9 +129,7 @@ def _joined(paths, shapes, dtypes, layout: Layout) -> Plan:
         groups.add("" if layout.group is None else layout.group(path, shape))
         joined.append((index, shape))
         order, merged = tuple(range(len(shape))), (math.prod(shape),)
-        covered.append(
-            Leaves((index,), (path,), shape, None, shape, order, 1, merged, (True,), (), ("",))
-        )
+        covered.append(Leaves((index,), (path,), shape, None, shape, order, 1, merged, (True,)))
     if len(groups) > 1:
         raise ValueError(
             f"Layout(joined=True) makes one vector of all parameters, Layout.group gives them to "
