@@ -9,6 +9,7 @@ cut into equal blocks: traced operations grow with neither depth nor number of b
 import functools
 import itertools
 import math
+import zlib
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -140,7 +141,10 @@ def _joined(paths, shapes, dtypes, layout: Layout) -> Plan:
     size = sum(math.prod(shape) for _, shape in joined)
     dtype = max((np.dtype(dtypes[i]) for i, _ in joined), key=lambda d: jnp.finfo(d).bits)
     group = groups.pop()
-    bucket = Bucket(f"{group} {size}".strip(), group, (size,), (True,), dtype, (), 1)
+    # the order and shapes of what was joined are part of its name
+    mark = zlib.crc32(repr([(paths[i], shape) for i, shape in joined]).encode())
+    name = f"{group} {size} {mark:08x}".strip()
+    bucket = Bucket(name, group, (size,), (True,), dtype, (), 1)
     return Plan(tuple(covered), tuple(uncovered), (bucket,), tuple(joined))
 
 

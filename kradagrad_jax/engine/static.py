@@ -139,7 +139,8 @@ def _check_stacks(s: Static, state: BlockState) -> None:
         have = jax.tree.leaves(state.factors.get(bucket.key))
         same = [x.shape for x in have] == [(size, *x.shape) for x in want]
         if not same or state.clock[bucket.key].statistics.shape != (size,):
-            paths = sorted({p for slot in bucket.slots for p in s.plan.covered[slot.leaves].paths})
+            own = [s.plan.covered[slot.leaves] for slot in bucket.slots] or s.plan.covered
+            paths = sorted({p for entry in own for p in entry.paths})
             raise ValueError(
                 f"the optimizer state has no stack of {size} blocks of shape {bucket.key} for "
                 f"parameters {', '.join(repr(n) for n in paths[:4])}: it was initialised with "

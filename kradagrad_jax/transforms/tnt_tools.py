@@ -54,7 +54,8 @@ def tnt_warm_start(state: Any, samples: Any, params: Any, **options: Any) -> Any
         s = static_of(options_of_engine, params, x)
         new = sampled.stacked(s.plan, samples)
         kept, _, bad = fold(s, now, x.kept(), new, new)
-        return x.keeping(kept, rejected=x.rejected + sum(jnp.sum(b) for b in bad.values()))
+        undone = sum(jnp.sum(b, dtype=jnp.int32) for b in bad.values())
+        return x.keeping(kept, rejected=x.rejected + undone)
 
     out = jax.tree.map(warmed, state, is_leaf=_is_tnt)
     if not found:
