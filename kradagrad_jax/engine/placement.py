@@ -5,6 +5,7 @@ what all devices need afterwards is collected by one all-gather. All communicati
 `jax.shard_map` and changes of sharding.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,9 +38,12 @@ class Share(NamedTuple):
     single: frozenset[str]
     axes: tuple[str, ...]
 
-    def number_of(self, flags: dict[str, jax.Array]) -> jax.Array:
-        """How many blocks of all devices have a flag, int32."""
-        counts = {key: jnp.sum(x).astype(jnp.int32) for key, x in flags.items()}
+    def number_of(self, *flags: dict[str, jax.Array]) -> jax.Array:
+        """How many flags the blocks of all devices have, int32."""
+        per_block: dict[str, Any] = {}
+        for key, x in itertools.chain.from_iterable(f.items() for f in flags):
+            per_block[key] = per_block.get(key, 0) + x.astype(jnp.int32)
+        counts = {key: jnp.sum(x, dtype=jnp.int32) for key, x in per_block.items()}
         return self.total(counts, jnp.zeros((), jnp.int32))
 
     def total(self, parts: dict[str, jax.Array], zero: jax.Array) -> jax.Array:
@@ -60,19 +64,18 @@ class Share(NamedTuple):
 
 
 def on_shares(
-    s: Static, work: Callable[..., tuple[Any, jax.Array]], now: Now, *stacks: Trees
+    s: Static, work: Callable[..., tuple[Any, tuple[Any, ...]]], now: Now, *stacks: Trees
 ) -> tuple[Any, jax.Array]:
     """Runs ``work`` on every device's share of the stacks.
 
     Args:
       s: the static part of the update.
-      work: ``(share, now, *stacks) -> (trees by bucket, counted)``, a scalar that is the same on
-        all devices.
+      work: ``(share, now, *stacks) -> (trees by bucket, flags)``: dicts of bools by block.
       now: scalars, the same on all devices.
       *stacks: by bucket, filled up and divided.
 
     Returns:
-      The trees, and what was counted.
+      The trees, and the number of flags of all blocks.
 
     Raises:
       ValueError: ``work`` uses traced arrays on Explicit axes other than its arguments.
@@ -81,7 +84,9 @@ def on_shares(
     rows = {key: jnp.asarray(x) for key, x in owners.items()}
     single = frozenset(b.key for b in s.plan.buckets if b.size == 1)
     if s.split is None:
-        return work(Share(rows, number, single, ()), now, *stacks)
+        share = Share(rows, number, single, ())
+        out, flags = work(share, now, *stacks)
+        return out, share.number_of(*flags)
     split = s.split
     traced = {k: v for k, v in now._asdict().items() if isinstance(v, jax.Array)}
     specs = {key: PartitionSpec() if key in single else split.parts for key in owners}
@@ -89,7 +94,8 @@ def on_shares(
 
     def run(traced: dict[str, jax.Array], rows: Trees, *stacks: Trees) -> tuple[Any, jax.Array]:
         share = Share(rows, number, single, split.axes)
-        return work(share, now._replace(**traced), *stacks)
+        out, flags = work(share, now._replace(**traced), *stacks)
+        return out, share.number_of(*flags)
 
     given = tuple({key: specs[key] for key in tree} for tree in (rows, *stacks))
     try:
@@ -233,13 +239,13 @@ def on_all(
 
     Args:
       s: the static part of the update.
-      use: ``(share, now, kept, blocks) -> ({bucket: (kept, directions)}, counted)``.
+      use: ``(share, now, kept, blocks) -> ({bucket: (kept, directions)}, flags)``.
       now: scalars.
       kept: what is kept, where it belongs.
       blocks: gradients of all blocks.
 
     Returns:
-      What is kept, where it belongs; directions; what was counted.
+      What is kept, where it belongs; directions; the number of flags.
     """
     given = {}
     for b in s.plan.buckets:
@@ -252,12 +258,12 @@ def on_all(
     owners, number = s.owners()
     rows = {b.key: jnp.asarray(owners[b.key][: b.size]) for b in s.plan.buckets}
     share = Share(rows, number, frozenset(rows), ())
-    out, counted = use(share, now, given, blocks)
+    out, flags = use(share, now, given, blocks)
     kept = dict(kept)
     for b in s.plan.buckets:
         mu, nu = (_filled(x, s.length(b)) for x in (out[b.key][0].mu, out[b.key][0].nu))
         kept[b.key] = kept[b.key]._replace(mu=mu, nu=nu)
-    return kept, {key: x[1] for key, x in out.items()}, counted
+    return kept, {key: x[1] for key, x in out.items()}, share.number_of(*flags)
 
 
 def _filled(x: Any, size: int) -> Any:

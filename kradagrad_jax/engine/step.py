@@ -67,20 +67,16 @@ def _work(
 
     def change(share: Share, now: Now, kept: Stacks, blocks: Stacks, statistics: Stacks) -> Any:
         kept, taken, bad = fold(s, now, kept, blocks, statistics)
-        if last:
-            return _zipped(kept, taken), share.number_of(bad)
-        kept, more = refresh(s, now, kept, statistics, taken)
-        return _zipped(kept, taken), share.number_of(bad) + share.number_of(more)
+        kept, more = (kept, {}) if last else refresh(s, now, kept, statistics, taken)
+        return _zipped(kept, taken), (bad, more)
 
     def use(share: Share, now: Now, kept: Stacks, blocks: Stacks) -> Any:
         kept, applied, bad = apply(s, now, kept, blocks)
-        return _zipped(*lengthen(s, share, now, kept, blocks, applied)), share.number_of(bad)
+        return _zipped(*lengthen(s, share, now, kept, blocks, applied)), (bad,)
 
     def close(share: Share, now: Now, kept: Stacks, taken: Stacks, statistics: Stacks) -> Any:
-        if not last:
-            return kept, 0
-        kept, bad = refresh(s, now, kept, statistics, taken)
-        return kept, share.number_of(bad)
+        kept, bad = refresh(s, now, kept, statistics, taken) if last else (kept, {})
+        return kept, (bad,)
 
     def sentence(share: Share, now: Now, kept: Stacks, blocks: Stacks, statistics: Stacks) -> Any:
         parts, bad = change(share, now, kept, blocks, statistics)
@@ -88,7 +84,7 @@ def _work(
         parts, more = use(share, now, kept, blocks)
         kept, u = _unzipped(parts)
         kept, late = close(share, now, kept, taken, statistics)
-        return _zipped(kept, u), bad + more + late
+        return _zipped(kept, u), (*bad, *more, *late)
 
     mine, own = (placement.divided(s.split, x) for x in (blocks, statistics))
     if not placement.shared(s):
