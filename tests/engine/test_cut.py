@@ -15,7 +15,9 @@ from kradagrad_jax.engine.layout import Layout
 from kradagrad_jax.engine.plan import block_origins
 from tests.engine.planning import plan_for
 
-MUON = optax.contrib.MuonDimensionNumbers
+# as optax has it since 0.2.6: two axes, or tuples of them, by name
+MUON = collections.namedtuple("MuonDimensionNumbers", "reduction_axis output_axis")
+MUON = getattr(optax.contrib, "MuonDimensionNumbers", MUON)
 
 
 def filled(shapes, dtype=jnp.float32):
