@@ -1,11 +1,24 @@
 """Trees of shapes, and plans for them as the engine makes them."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+import optax
 
 from kradagrad_jax.engine import trees
 from kradagrad_jax.engine.layout import Layout
 from kradagrad_jax.engine.plan import Plan, make_plan
+
+
+class _Numbers(NamedTuple):
+    """As optax has them since 0.2.6."""
+
+    reduction_axis: Any = 0
+    output_axis: Any = 1
+
+
+MUON = getattr(optax.contrib, "MuonDimensionNumbers", _Numbers)
 
 
 def plan_for(tree, layout: Layout | None = None) -> Plan:

@@ -1,11 +1,8 @@
 """Blocks are cut and pasted without loss, at a cost that grows with the shapes alone."""
 
-import collections
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,11 +10,7 @@ from hypothesis import strategies as st
 from kradagrad_jax.engine.cut import cut, paste
 from kradagrad_jax.engine.layout import Layout
 from kradagrad_jax.engine.plan import block_origins
-from tests.engine.planning import plan_for
-
-# as optax has it since 0.2.6: two axes, or tuples of them, by name
-MUON = collections.namedtuple("MuonDimensionNumbers", "reduction_axis output_axis")
-MUON = getattr(optax.contrib, "MuonDimensionNumbers", MUON)
+from tests.engine.planning import MUON, plan_for
 
 
 def filled(shapes, dtype=jnp.float32):

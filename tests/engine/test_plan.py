@@ -15,7 +15,7 @@ from kradagrad_jax.engine import trees
 from kradagrad_jax.engine.layout import Layout
 from kradagrad_jax.engine.parts import merge_dims
 from kradagrad_jax.engine.plan import block_origins, owners
-from tests.engine.planning import S, entries, keys, plan_for, reasons
+from tests.engine.planning import MUON, S, entries, keys, plan_for, reasons
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_stack_axes_by_pattern_mapping_function_and_place():
 
 
 def test_muon_dimension_numbers():
-    numbers = optax.contrib.MuonDimensionNumbers
+    numbers = MUON
     params = {"a": S(3, 4, 5, 6), "b": S(7, 8), "c": S(4, 5), "layers": [S(6, 5, 4)]}
     tree = {"a": numbers((0, 1), -1), "b": numbers(1, 0), "c": None, "layers": [numbers()]}
     layout = Layout(stacked=tree)
@@ -143,6 +143,8 @@ def test_names_of_flax_boxes():
 
 def test_names_of_nnx_variables():
     param = nnx.Param(jnp.ones((5, 3, 7)))
+    if not hasattr(nnx.Variable, "set_metadata"):
+        pytest.skip("this flax sets metadata of variables otherwise")
     param.set_metadata(out_sharding=(None, "layers", "mlp"))
     plain = nnx.Param(jnp.ones((4, 6)))
     tree = {"boxed": param, "plain": plain, "array": jnp.ones((2, 3))}
@@ -199,7 +201,8 @@ def test_owners_and_origins_name_every_block():
 def test_joined_is_one_block_of_the_widest_dtype():
     params = {"a": S(3, 4), "b": S(), "c": S(5, dtype=jnp.bfloat16), "no": S(7), "e": S(0, 3)}
     plan = plan_for(params, Layout(joined=True, include="^[abce]$"))
-    assert keys(plan) == {"18": 1}
+    ((name, size),) = keys(plan).items()
+    assert name.startswith("18 ") and size == 1  # a mark of paths and shapes follows
     assert plan.buckets[0].shape == (18,)
     assert plan.buckets[0].dtype == jnp.float32
     assert reasons(plan) == {"no": "excluded by Layout.include", "e": "empty"}
