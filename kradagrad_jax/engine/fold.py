@@ -62,8 +62,6 @@ def _due(s: Static, now: Now, old: Kept, gradient: jax.Array) -> jax.Array:
     regular = statistics_due(now.count, now.statistics_every, s.options.timing)
     if _at_every_step(now):
         return jnp.broadcast_to(able & regular, clock.shape)
-    if callable(s.options.statistics_every):  # irregular: nobody knows what was missed
-        return jnp.broadcast_to(able & regular, clock.shape)
     late = statistics_overdue(now.count, now.statistics_every, s.options.timing)
     waits = (clock == 0) & late & per_block(gradient != 0, jnp.any)
     return able & (regular | waits)

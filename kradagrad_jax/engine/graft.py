@@ -53,6 +53,14 @@ class Graft:
         """Whether it keeps an accumulator of squares."""
         return self.kind in _ADAPTIVE
 
+    @property
+    def squares(self) -> str:
+        """What is unusual about the accumulator of squares; empty for a plain average, or none."""
+        if not self.adaptive:
+            return ""
+        form = "sum of squares" if self.kind == "adagrad" else "squares" * self.normalize
+        return form + " of unit gradients" * self.normalize
+
 
 def as_graft(graft: "Graft | str | None") -> Graft:
     """A Graft from its name, itself, or None (no grafting)."""

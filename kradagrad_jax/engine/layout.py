@@ -250,6 +250,7 @@ def check_patterns(layout: Layout, paths: Sequence[str]) -> None:
     """Raises ValueError for a regular expression that is found in none of the paths."""
     for field in ("include", "stacked", "split", "modes"):
         given = getattr(layout, field)
+        given = getattr(given, "rules", given)  # of a function that asks rules first
         if isinstance(given, Rules):
             patterns = [pattern for pattern, _ in given.pairs]
         else:

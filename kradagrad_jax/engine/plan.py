@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from kradagrad_jax.engine.layout import Layout, check_patterns, is_included
+from kradagrad_jax.engine.layout import Layout, axes_of, check_patterns, is_included
 from kradagrad_jax.engine.parts import Leaves, Tile, limited, parts_of, tiles_of
 from kradagrad_jax.engine.rules import Shape
 
@@ -50,12 +50,14 @@ class Plan(NamedTuple):
       buckets: the stacks of blocks.
       joined: (index, shape) of the leaves that are one vector in this order, where
         ``Layout.joined`` says so; there is then one bucket without slots.
+      stacks: (index, axes that stack) of the uncovered vectors that stack layers.
     """
 
     covered: tuple[Leaves, ...]
     uncovered: tuple[tuple[int, str, Shape, str], ...]
     buckets: tuple[Bucket, ...]
     joined: tuple[tuple[int, Shape], ...] = ()
+    stacks: tuple[tuple[int, Shape], ...] = ()
 
 
 @functools.lru_cache(maxsize=256)
@@ -83,11 +85,15 @@ def make_plan(
     if layout.joined:
         return _joined(paths, shapes, dtypes, layout)
     parts: list[Leaves] = []
-    uncovered = []
+    uncovered, stacks = [], []
     for index, (path, shape, dtype) in enumerate(zip(paths, shapes, dtypes, strict=True)):
-        found = parts_of(index, path, shape, dtype, None if names is None else names[index], layout)
+        own = None if names is None else names[index]
+        found = parts_of(index, path, shape, dtype, own, layout)
         if isinstance(found, str):
             uncovered.append((index, path, shape, found))
+            if found in ("bias", "vector", "scalar"):
+                axes = axes_of(layout, path, shape, own)
+                stacks += [(index, axes.stack)] if axes is not None and axes.stack else []
         else:
             parts += found
     alike: dict[Leaves, list[Leaves]] = {}
@@ -103,7 +109,7 @@ def make_plan(
         covered.append(entry._replace(indices=indices, paths=paths, tiles=tiles))
     keys = sorted(slots, key=lambda k: (*k[:3], str(k[3])))
     buckets = tuple(_bucket(key, slots[key], keys) for key in keys)
-    return Plan(tuple(covered), tuple(uncovered), buckets)
+    return Plan(tuple(covered), tuple(uncovered), buckets, stacks=tuple(stacks))
 
 
 def _bucket(key, entries, all_keys) -> Bucket:

@@ -54,6 +54,7 @@ def step(
         return moments, {}
     means = o._replace(average="mean") if graft is not None else o
     mus, nus = (_slots(tree, len(leaves), real) for tree in moments)
+    stacks = dict(s.plan.stacks)
     for index, _, shape, _ in s.plan.uncovered:
         g = leaves[real[index]]
         g = g.astype(factor_dtype_of(g.dtype))
@@ -62,18 +63,21 @@ def step(
             continue
         mus[index], x = averaged(means, mus[index], g, now)
         if graft is not None:
-            unit = _unit if graft.normalize else lambda a: a
-            x = unit(x)
+            own = stacks.get(index, ())
+            x = _unit(x, own) if graft.normalize else x
             if graft.adaptive:
-                new = graft_lib.accumulate(graft, nus[index], unit(g))
+                squared = _unit(g, own) if graft.normalize else g
+                new = graft_lib.accumulate(graft, nus[index], squared)
                 nus[index] = jnp.where(now.usable, new, nus[index])
             x = graft_lib.direction(graft, nus[index], x, now.accepted)
         out[index] = jnp.where(now.usable, x, 0)
     return Moments(_restored(moments.first, mus, real), _restored(moments.second, nus, real)), out
 
 
-def _unit(x: jax.Array) -> jax.Array:
-    return x / (jnp.sqrt(jnp.sum(x * x)) + 1e-16)
+def _unit(x: jax.Array, stack: tuple[int, ...]) -> jax.Array:
+    """Over its norm; each layer of a stack by itself."""
+    axes = tuple(a for a in range(x.ndim) if a not in stack)
+    return x / (jnp.sqrt(jnp.sum(x * x, axis=axes, keepdims=True)) + 1e-16)
 
 
 def _slots(tree: Any, size: int, real: list[int]) -> list[Any]:

@@ -76,8 +76,13 @@ class Static(NamedTuple):
         return bucket.size if self.split is None else self.split.padded(bucket.size)
 
     def names(self) -> list[str]:
-        """Fingerprints of the methods in use."""
-        return sorted({self.method(b).name for b in self.plan.buckets})
+        """Fingerprints of the methods in use, and of what else is kept in an unusual form."""
+        o, plan = self.options, self.plan
+        leaves = o.leaf_graft if plan.uncovered else None
+        kept = ("graft", o.graft.squares), ("fallback", leaves.squares if leaves else "")
+        sums = ["sum of gradients"] if o.beta1 is not None and o.average == "sum" else []
+        own = [*sums, *(f"{name}: {form}" for name, form in kept if form)]
+        return sorted({", ".join([self.method(b).name, *own]) for b in plan.buckets})
 
     def owners(self) -> tuple[dict[str, np.ndarray], int]:
         """Per row of every stack its owner; what fills stacks up belongs to one more."""

@@ -36,6 +36,22 @@ def test_a_state_of_another_meaning_is_refused(other):
     assert "shampoo" in str(error.value) and method in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "graft",
+    ["adagrad", kj.Graft("adam", normalize=True), kj.Graft("rmsprop", normalize=True)],
+    ids=str,
+)
+def test_a_state_of_other_accumulators_is_refused(graft):
+    """A sum of squares is no average of them, and neither is one of unit gradients."""
+    params = params_like()
+    for field in ("graft", "fallback"):
+        state = kj.shampoo(0.1, **{field: graft}).init(params)
+        with pytest.raises(ValueError, match="was made by"):
+            kj.shampoo(0.1).update(grads_at(params, 0), state, params)
+    state = kj.shampoo(0.1, graft="rmsprop").init(params)  # averages, with other corrections
+    kj.shampoo(0.1).update(grads_at(params, 0), state, params)
+
+
 def test_structures_of_states_tell_meanings_apart():
     params = params_like()
     trees = {name: jax.tree.structure(make().init(params)) for name, make in MEANINGS.items()}

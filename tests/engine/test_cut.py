@@ -1,5 +1,7 @@
 """Blocks are cut and pasted without loss, at a cost that grows with the shapes alone."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+import kradagrad_jax as kj
 from kradagrad_jax.engine.layout import Layout
 from kradagrad_jax.engine.parts import state_numbers
 from tests.engine.planning import S, dense, entries, gpt2, keys, plan_for, reasons
@@ -134,3 +135,28 @@ def test_modes(modes, shape, factored):
 def test_no_mode_at_all_is_a_reason():
     plan = plan_for({"w": S(5, 7)}, Layout(modes=(False, False)))
     assert reasons(plan) == {"w": "Layout.modes"}
+
+
+ALIASES = [kj.shampoo, kj.kradagrad_star, kj.kradagrad]
+
+
+def treated(tx):
+    params = {"w": S(6, 4), "wpe": S(5, 4)}
+    return {row.paths[0]: row.treated for row in kj.describe(tx, params).rows}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_a_named_exponent_is_that_of_all_that_modes_says_nothing_of(alias):
+    tx = alias(0.1, exponent="one_sided", layout=Layout(modes={"wpe": "input"}))
+    assert treated(tx) == {"w": "(6)x4", "wpe": "5x(4)"}
+    with pytest.raises(ValueError, match="pattern 'nowhere'"):
+        treated(alias(0.1, exponent="one_sided", layout=Layout(modes={"nowhere": "input"})))
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_a_parameter_all_of_whose_exponents_are_zero_has_no_factor(alias):
+    assert treated(alias(0.1, exponent={2: 0})) == {"w": "adam", "wpe": "adam"}
+    tx = alias(0.1, exponent=(0, 0.5), layout=Layout(modes={"wpe": "input"}))
+    assert treated(tx) == {"w": "(6)x4", "wpe": "adam"}
+    with pytest.raises(ValueError, match="exponent=0"):
+        alias(0.1, exponent=0)

@@ -3,6 +3,7 @@
 In double precision, at every default.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -55,6 +56,23 @@ def check(ours: list[Any], theirs: list[Any]) -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 @defaults.over("gradients", "samples")
 def test_scanned_layers_equal_unrolled_ones(alias, axis):
+    scanned_is_unrolled(functools.partial(make, alias), axis)
+
+
+GRAFTS = [
+    pytest.param({"graft": kj.Graft("rmsprop", normalize=True)}, id="unit"),
+    pytest.param({"graft": kj.Graft("adagrad", normalize=True, per="block")}, id="unit-block"),
+    pytest.param({"graft": "sgd", "timing": kj.Timing(start=2, ramp=2)}, id="ramp"),
+]
+
+
+@pytest.mark.parametrize("options", GRAFTS)
+def test_scanned_layers_equal_unrolled_ones_with_other_grafts(options):
+    """Lengths are taken layer by layer, of vectors too."""
+    scanned_is_unrolled(lambda **k: kj.shampoo(0.1, layout=kj.Layout(**k), **options), 0)
+
+
+def scanned_is_unrolled(make: Any, axis: int) -> None:
     with x64():
         kernels, scales = draws(LAYERS, M, N), draws(LAYERS, N)
         unrolled = [
@@ -72,9 +90,9 @@ def test_scanned_layers_equal_unrolled_ones(alias, axis):
                     for name in ("kernel", "scale")
                 }
             }
-            for u in run(make(alias), unrolled)
+            for u in run(make(), unrolled)
         ]
-        check(run(make(alias, stacked={"^layers/": axis}), scanned), theirs)
+        check(run(make(stacked={"^layers/": axis}), scanned), theirs)
 
 
 @defaults.over("layers")

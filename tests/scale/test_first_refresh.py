@@ -143,3 +143,16 @@ def test_every_mode_of_kradagrad_has_its_turn_whatever_the_interval(every):
     arrays = [[x for x in jax.tree.leaves(s.factors) if x.ndim == 3] for s in (first, state)]
     assert {x.shape[1] for x in arrays[0]} == {7, 5}
     assert all(np.any(np.asarray(a != b)) for a, b in zip(*arrays, strict=True))
+
+
+def test_a_function_as_interval_of_statistics_postpones_the_first_like_a_number():
+    found = []
+    for every in (3, lambda count: 3):
+        tx, p = kj.scale_by_shampoo(statistics_every=every), {"w": jnp.zeros((4, 3))}
+        state, update = tx.init(p), jax.jit(tx.update)
+        for t in range(4):
+            g = {"w": jax.random.normal(jax.random.key(t), (4, 3))}
+            u, state = update(jax.tree.map(lambda x: x / (t > 0), g), state)  # noqa: B023
+        assert defaults.diagnostics(state)["statistics"] == 2  # of steps 2 and 4
+        found.append(u)
+    jax.tree.map(np.testing.assert_array_equal, *found)
