@@ -93,28 +93,35 @@ class Static(NamedTuple):
         }, number + 1
 
 
-def plan_of(tree: Any, layout: Layout, factor_dtype: Any = None) -> Plan:
-    """The static plan of a tree of parameters, gradients or ShapeDtypeStructs."""
+def plan_of(tree: Any, layout: Layout, factor_dtype: Any = None, params: Any = None) -> Plan:
+    """The static plan of a tree of parameters, gradients or ShapeDtypeStructs.
+
+    The dtypes of factors are those of ``params``, where these are given and fit: gradients may have
+    others.
+    """
     leaves, paths = trees.flatten(tree)[0], trees.paths_of(tree)
+    own = leaves if params is None else trees.flatten(params)[0]
+    own = own if len(own) == len(leaves) else leaves
+    typed = [y if hasattr(y, "dtype") else x for x, y in zip(leaves, own, strict=True)]
     keep = [i for i, x in enumerate(leaves) if not trees.is_masked(x)]
     trees.check_dtypes([paths[i] for i in keep], [leaves[i] for i in keep])
     names = trees.names_of(tree)
     return make_plan(
         tuple(paths[i] for i in keep),
         tuple(tuple(leaves[i].shape) for i in keep),
-        tuple(factor_dtype_of(leaves[i].dtype, factor_dtype) for i in keep),
+        tuple(factor_dtype_of(typed[i].dtype, factor_dtype) for i in keep),
         tuple(names[i] for i in keep),
         layout,
     )
 
 
-def static_of(o: Options, tree: Any, state: Any = None) -> Static:
+def static_of(o: Options, tree: Any, state: Any = None, params: Any = None) -> Static:
     """Plans an update of ``tree``, and checks that the state is its own.
 
     Raises:
       ValueError: the state is of another method, of other parameters or for other devices.
     """
-    plan = plan_of(tree, o.layout, o.factor_dtype)
+    plan = plan_of(tree, o.layout, o.factor_dtype, params)
     s = Static(o, plan, resolve(o.sharding))
     if state is None:
         return s

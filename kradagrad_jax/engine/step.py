@@ -32,7 +32,7 @@ def update(
     count = jnp.asarray(optax.safe_increment(state.count))
     if not real:
         return updates, state._replace(count=count)
-    s = static_of(o, updates, state)
+    s = static_of(o, updates, state, params)
     blocks = cut(s.plan, _whole(s, raw))
     usable = _usable(s, blocks, raw)
     statistics, fresh = _statistics(s, blocks, extra)

@@ -44,6 +44,11 @@ def with_factor(shape: Sequence[int], factored: Factored, given: Any) -> tuple[b
 
 
 def shared_out(statistics: Sequence[Any], given: Any) -> tuple[Any, ...]:
-    """Exponents of a block; by default 1/(2j) for each of its j modes with a factor."""
+    """Exponents of a block: by default 1/(2j) for each of its j modes with a factor.
+
+    Beside exponents that are given one by one it is 1/(2k) of all its k modes.
+    """
     factored = [s is not None for s in statistics]
-    return exponents(factored, given, 0.5 / max(sum(factored), 1))
+    named = given.get(len(factored)) if isinstance(given, Mapping) else given
+    modes = len(factored) if isinstance(named, (tuple, list)) else sum(factored)
+    return exponents(factored, given, 0.5 / max(modes, 1))

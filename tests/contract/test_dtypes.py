@@ -168,3 +168,16 @@ def test_bfloat16_gradients_of_float32_parameters(entry):
         assert described(new) == described(state)
         params, state = optax.apply_updates(params, updates), new
         assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("grad_dtype", ["float32", "float64"])
+def test_gradients_of_one_dtype_for_parameters_of_two(grad_dtype):
+    """Blocks have the dtypes of the parameters: two buckets of one shape, whatever gradients are."""
+    with x64():
+        params = {"a": jnp.ones((4, 3), jnp.float64), "b": jnp.ones((4, 3), jnp.float32)}
+        grads = {name: jnp.ones((4, 3), grad_dtype) for name in params}
+        tx = kj.scale_by_shampoo()
+        updates, state, new = abstract_step(tx, params, grads)
+        assert described(new) == described(state)
+        assert {x.dtype.name for x in jax.tree.leaves(updates)} == {grad_dtype}
+        assert len(state.factors) == 2

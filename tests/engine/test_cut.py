@@ -150,7 +150,8 @@ def test_split_parameters_give_the_blocks_of_separate_ones():
 def test_joined_is_the_ravelled_tree():
     params = filled({"a": (3, 4), "b": (), "c": (5,)})
     _, stacks = check(params, Layout(joined=True))
-    np.testing.assert_array_equal(stacks["18"], np.arange(18.0)[None])
+    (stack,) = stacks.values()
+    np.testing.assert_array_equal(stack, np.arange(18.0)[None])
 
 
 # ---- cost
