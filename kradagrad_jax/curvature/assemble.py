@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from kradagrad_jax.curvature.execute import Sinks
-from kradagrad_jax.curvature.parts import INPUT_SIDE, Part, wide
+from kradagrad_jax.curvature.parts import INPUT_SIDE, Part, scaled, wide
 from kradagrad_jax.curvature.plan import Plan, Tap
 from kradagrad_jax.curvature.reducers import Reducer
-
-SQUARED = ("G", "Gdiag", "D", "L", "R")
 
 
 def assemble(plan: Plan, reducer: Reducer, stats: Sinks, scale: Any) -> dict[str, tuple[Part, ...]]:
@@ -65,14 +63,9 @@ def _flat_array(key: str, x: jax.Array, loops: int, stack: list[int], time: list
 def _scaled(tap: Tap, reducer: Reducer, part: Part, scale: Any) -> Part:
     if reducer.custom is not None and tap.layer is not None:
         return part
-    c = scale * tap.use.view.factor
-    out = {}
-    for key, x in part.items():
-        power = 2 if key in SQUARED else 1 if key == "v" else 0
-        out[key] = x * jnp.asarray(c, x.dtype) ** power if power else x
     if "g" in part:
-        out["scale"] = jnp.asarray(c, wide(part["g"]).dtype)
-    return out
+        part["scale"] = jnp.ones((), wide(part["g"]).dtype)
+    return scaled(part, scale * tap.use.view.factor)
 
 
 def _combined(held: Sequence[tuple[Tap, Part]], reducer: Reducer) -> tuple[Part, ...]:

@@ -175,16 +175,7 @@ class Curvature:
 
     def scale_cotangents(self, c: Any) -> "Curvature":
         """The same statistics for output gradients multiplied by ``c``."""
-
-        def scaled(part: Part) -> Part:
-            powers = {"G": 2, "Gdiag": 2, "D": 2, "scale": 1, "v": 1}
-            out = {}
-            for key, x in part.items():
-                p = powers.get(key)
-                out[key] = x if p is None else x * jnp.asarray(c, x.dtype) ** p
-            return out
-
-        stats = {path: tuple(scaled(p) for p in held) for path, held in self.stats.items()}
+        stats = {path: tuple(parts.scaled(p, c) for p in held) for path, held in self.stats.items()}
         return dataclasses.replace(self, stats=stats)
 
     @classmethod

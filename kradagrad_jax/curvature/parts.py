@@ -25,6 +25,7 @@ from kradagrad_jax.linalg import matmul
 
 Part = dict[str, jax.Array]
 INPUT_SIDE = ("A", "Adiag", "abar", "P", "a", "ids", "mask")
+_POWERS = {"G": 2, "Gdiag": 2, "D": 2, "L": 2, "R": 2, "v": 1, "scale": 1}
 
 
 def wider(*dtypes: Any) -> Any:
@@ -36,6 +37,12 @@ def wider(*dtypes: Any) -> Any:
 def wide(x: jax.Array) -> jax.Array:
     """``x`` in float32 or better."""
     return x.astype(wider(x.dtype))
+
+
+def scaled(part: Part, c: Any) -> Part:
+    """The part for cotangents multiplied by ``c``."""
+    factors = {k: jnp.asarray(c, x.dtype) ** _POWERS[k] for k, x in part.items() if k in _POWERS}
+    return part | {key: part[key] * factor for key, factor in factors.items()}
 
 
 def gram(x: jax.Array) -> jax.Array:

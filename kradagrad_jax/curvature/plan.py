@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kradagrad_jax.curvature.finder import Found
-from kradagrad_jax.curvature.internals import Block, Graph
+from kradagrad_jax.curvature.internals import Block, Graph, Operand
 from kradagrad_jax.curvature.layout import Kind, Layer, MatrixView
 from kradagrad_jax.curvature.spec import CaptureSpec, LeafSpec, Status
 from kradagrad_jax.curvature.uses import Use
@@ -28,6 +28,11 @@ class Tap:
     path: str
     layer: Layer | None
     slice: tuple[int, int]
+
+    @property
+    def operands(self) -> tuple[Operand | None, int | None]:
+        """The activation of the use and the multiplier of the leaf; None where there is none."""
+        return self.use.activation, self.use.view.multiplier
 
 
 @dataclasses.dataclass
