@@ -23,17 +23,11 @@ Sinks = dict[str, Any]  # by number of the tap; one key type, so that pytrees ca
 
 
 class Inputs(NamedTuple):
-    """What the taps need besides activation and cotangent; operands, never closed over.
+    """What the taps need besides activation and cotangent; operands, never closed over."""
 
-    Attributes:
-      gate: bool scalar: take statistics at this step; None: always.
-      scale: scalar by which cotangents are multiplied before a custom reducer sees them.
-      extra: by number of the tap, for custom reducers.
-    """
-
-    gate: Any
-    scale: Any
-    extra: Sinks
+    gate: Any  # bool scalar: take statistics at this step; None: always
+    scale: Any  # scalar by which cotangents are multiplied before a custom reducer sees them
+    extra: Sinks  # by number of the tap, for custom reducers
 
 
 @dataclasses.dataclass

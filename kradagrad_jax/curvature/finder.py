@@ -28,19 +28,15 @@ RULES = {
 
 @dataclasses.dataclass
 class Found:
-    """Result of the walk.
+    """Result of the walk."""
 
-    Attributes:
-      uses: all uses, biases unpaired.
-      others: per leaf what else consumes it: reason, primitive, source location.
-      pairs: per bias use (its number) the uses of the weights whose output it is added to, with
-        the part of the bias that belongs to each.
-    """
-
-    uses: list[Use] = dataclasses.field(default_factory=list)
+    uses: list[Use] = dataclasses.field(default_factory=list)  # all uses, biases unpaired
+    # per leaf what else consumes it: reason, primitive, source location
     others: dict[int, list[tuple[str, str, str]]] = dataclasses.field(
         default_factory=lambda: defaultdict(list)
     )
+    # per bias use (its number) the uses of the weights whose output it is added to, with the part
+    # of the bias that belongs to each
     pairs: list[tuple[int, list[int], list[View]]] = dataclasses.field(default_factory=list)
 
 

@@ -15,18 +15,12 @@ from kradagrad_jax.curvature.views import Atom, View, matrix_view
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """A use whose statistics are taken.
-
-    Attributes:
-      use: the use.
-      path: path of the leaf.
-      layer: its layer, None for elementwise uses.
-      slice: number of the slice of the leaf (parameters indexed in Python), and how many.
-    """
+    """A use whose statistics are taken."""
 
     use: Use
     path: str
-    layer: Layer | None
+    layer: Layer | None  # its layer, None for elementwise uses
+    # number of the slice of the leaf (parameters indexed in Python), and how many
     slice: tuple[int, int]
 
     @property

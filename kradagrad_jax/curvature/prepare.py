@@ -22,21 +22,13 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Prepared:
-    """A traced function with its plan.
-
-    Attributes:
-      plan: what to tap.
-      examples: N.
-      values: the flat arguments that are arrays, parameters first.
-      params: number of leaves of the parameters.
-      tree: structure of the results.
-    """
+    """A traced function with its plan."""
 
     plan: Plan
-    examples: int
-    values: list[Any]
-    params: int
-    tree: Any
+    examples: int  # N
+    values: list[Any]  # the flat arguments that are arrays, parameters first
+    params: int  # number of leaves of the parameters
+    tree: Any  # structure of the results
 
     def run(self, reducer: Reducer, sinks: Sinks, inputs: Inputs, params: Sequence[Any]) -> Any:
         """Results of the function at these parameters, with taps."""

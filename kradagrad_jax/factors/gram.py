@@ -99,18 +99,13 @@ def gram_method(
 
 
 class PendingFactor(NamedTuple):
-    """Array-form factors with gradients that are not folded in yet.
+    """Array-form factors with gradients that are not folded in yet."""
 
-    Attributes:
-      statistics: per mode R ``(n_i, n_i)``, upper triangular, ``R^T R`` = statistic; None for a
-        mode without factor.
-      preconditioners: per mode K ``(n_i, n_i)`` with ``P = K K^T``.
-      pending: ``(fold_every, *block shape)``: weighted gradients, zero where unused.
-    """
-
+    # per mode R ``(n_i, n_i)``, upper triangular, ``R^T R`` = statistic; None for a mode without
+    # factor
     statistics: tuple[Any, ...]
-    preconditioners: tuple[Any, ...]
-    pending: jax.Array
+    preconditioners: tuple[Any, ...]  # per mode K ``(n_i, n_i)`` with ``P = K K^T``
+    pending: jax.Array  # ``(fold_every, *block shape)``: weighted gradients, zero where unused
 
 
 def _rows(g: jax.Array, mode: int) -> jax.Array:

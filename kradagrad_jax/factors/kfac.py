@@ -17,18 +17,14 @@ Pair = tuple[Any, ...]  # of the inputs and of the output gradients
 
 
 class KfacFactor(NamedTuple):
-    """State of one layer.
+    """State of one layer."""
 
-    Attributes:
-      statistics: A ``(d_in, d_in)`` and G ``(d_out, d_out)``, or their diagonals; with square-root
-        statistics the upper triangular R with ``R^T R = A``.
-      vectors: eigenvectors of A and G; ``(None, None)`` for Cholesky inverses.
-      inverses: damped inverses of A and G; beside eigenvectors: eigenvalues (inverted for the
-        factored rule, as they are for the other two).
-    """
-
+    # A ``(d_in, d_in)`` and G ``(d_out, d_out)``, or their diagonals; with square-root statistics
+    # the upper triangular R with ``R^T R = A``
     statistics: Pair
-    vectors: Pair
+    vectors: Pair  # eigenvectors of A and G; ``(None, None)`` for Cholesky inverses
+    # damped inverses of A and G; beside eigenvectors: eigenvalues (inverted for the factored rule,
+    # as they are for the other two)
     inverses: Pair
 
 

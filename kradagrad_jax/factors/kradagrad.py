@@ -37,19 +37,14 @@ class KradOptions(NamedTuple):
 
 
 class KradFactor(NamedTuple):
-    """Factors of one block of shape ``(n_1, ..., n_k)``; None for a mode without factor.
+    """Factors of one block of shape ``(n_1, ..., n_k)``; None for a mode without factor."""
 
-    Attributes:
-      statistics: per mode ``(n_i, n_i)``: L, or S / K with ``L = S S^T`` in the factored and exact
-        forms.
-      preconditioners: per mode ``(n_i, n_i)``: what multiplies the gradient.
-      starts: per mode l with ``L_0 = l I``, scalars; None where nothing refers to it later.
-      pending: per mode the Gram matrices since the last refresh (delayed form); else None.
-    """
-
+    # per mode ``(n_i, n_i)``: L, or S / K with ``L = S S^T`` in the factored and exact forms
     statistics: tuple[Any, ...]
-    preconditioners: tuple[Any, ...]
+    preconditioners: tuple[Any, ...]  # per mode ``(n_i, n_i)``: what multiplies the gradient
+    # per mode l with ``L_0 = l I``, scalars; None where nothing refers to it later
     starts: tuple[Any, ...] | None = None
+    # per mode the Gram matrices since the last refresh (delayed form); else None
     pending: tuple[Any, ...] | None = None
 
 

@@ -27,17 +27,12 @@ from kradagrad_jax.linalg import (
 
 
 class Side(NamedTuple):
-    """State of one factor of size d.
+    """State of one factor of size d."""
 
-    Attributes:
-      m: (d, d) average of the statistics; None where the pairs are tracked without it.
-      pairs: stored eigenpairs, (R,) and (d, R); unused ones are zero.
-      valid: number of pairs in use, int32.
-    """
-
+    # (d, d) average of the statistics; None where the pairs are tracked without it
     m: jax.Array | None
-    pairs: LowRank
-    valid: jax.Array
+    pairs: LowRank  # stored eigenpairs, (R,) and (d, R); unused ones are zero
+    valid: jax.Array  # number of pairs in use, int32
 
 
 class LowRankFactor(NamedTuple):

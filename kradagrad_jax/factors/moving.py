@@ -18,24 +18,16 @@ from kradagrad_jax.linalg.structures import Stored, Structure
 
 
 class Moves(NamedTuple):
-    """How a set of roots is moved.
+    """How a set of roots is moved."""
 
-    Attributes:
-      lr_cov: length b of the step: a number or a schedule.
-      momentum: decay alpha of the Riemannian momentum; a plain 0: none, and no memory for it.
-      normalize: what b is divided by where it exceeds one: ``"none"``, ``"frobenius"`` norm or
-        ``"max_entry"`` of the momentum.
-      second_order: the second term of the exponential as well.
-      averaged: the momentum is an average (tangents weigh ``1 - alpha``), not a sum.
-      balanced: the roots have a free common scale, see above; False where each has its own
-        meaning.
-    """
-
-    lr_cov: Any
-    momentum: Any
+    lr_cov: Any  # length b of the step: a number or a schedule
+    momentum: Any  # decay alpha of the Riemannian momentum; a plain 0: none, and no memory for it
+    # what b is divided by where it exceeds one: ``"none"``, ``"frobenius"`` norm or ``"max_entry"``
+    # of the momentum
     normalize: str = "none"
-    second_order: bool = False
-    averaged: bool = False
+    second_order: bool = False  # the second term of the exponential as well
+    averaged: bool = False  # the momentum is an average (tangents weigh ``1 - alpha``), not a sum
+    # the roots have a free common scale, see above; False where each has its own meaning
     balanced: bool = True
 
 

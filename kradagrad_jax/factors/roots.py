@@ -20,31 +20,23 @@ from kradagrad_jax.linalg import (
 
 
 class Root(NamedTuple):
-    """A way to turn statistics into preconditioners.
+    """A way to turn statistics into preconditioners."""
 
-    Attributes:
-      init: ``(n, dtype) -> preconditioner`` that changes nothing, of one mode.
-      compute: ``(statistic, old preconditioner, exponent, exact) -> preconditioner`` of one mode;
-        ``exact``: the old one says nothing of the statistic yet (bool, may be traced).
-      apply: ``(preconditioners, gradient, skip=()) -> gradient`` multiplied in all modes that have
-        one and are not to be skipped.
-    """
-
+    # ``(n, dtype) -> preconditioner`` that changes nothing, of one mode
     init: Callable[[int, Any], Any]
+    # ``(statistic, old preconditioner, exponent, exact) -> preconditioner`` of one mode; ``exact``:
+    # the old one says nothing of the statistic yet (bool, may be traced)
     compute: Callable[[jax.Array, Any, Any, Any], Any]
+    # ``(preconditioners, gradient, skip=()) -> gradient`` multiplied in all modes that have one and
+    # are not to be skipped
     apply: Callable[..., jax.Array]
 
 
 class Spectral(NamedTuple):
-    """A preconditioner by its eigenbasis, which outlives eigenvalues that are zero.
+    """A preconditioner by its eigenbasis, which outlives eigenvalues that are zero."""
 
-    Attributes:
-      basis: ``(n, n)``: orthonormal columns.
-      values: ``(n,)``: eigenvalues of the preconditioner, in no order.
-    """
-
-    basis: jax.Array
-    values: jax.Array
+    basis: jax.Array  # ``(n, n)``: orthonormal columns
+    values: jax.Array  # ``(n,)``: eigenvalues of the preconditioner, in no order
 
 
 def make_root(kind: str, damping: Any, rule: Any) -> Root:

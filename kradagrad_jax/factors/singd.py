@@ -19,16 +19,11 @@ from kradagrad_jax.linalg.structures import Dense, Stored, Structure
 
 
 class SingdFactor(NamedTuple):
-    """State of one layer; every entry is stored in the structure of its side.
+    """State of one layer; every entry is stored in the structure of its side."""
 
-    Attributes:
-      k: root of the inverse curvature of the inputs, size d_in (with the bias as last row).
-      c: root of the inverse curvature of the output gradients, size d_out.
-      m_k, m_c: Riemannian momenta; None (no memory) where there is no momentum.
-    """
-
-    k: Stored
-    c: Stored
+    k: Stored  # root of the inverse curvature of the inputs, size d_in (with the bias as last row)
+    c: Stored  # root of the inverse curvature of the output gradients, size d_out
+    # Riemannian momenta; None (no memory) where there is no momentum
     m_k: Stored
     m_c: Stored
 

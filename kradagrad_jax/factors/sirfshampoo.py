@@ -20,14 +20,11 @@ from kradagrad_jax.linalg.structures import Stored, Structure
 
 
 class SirfFactor(NamedTuple):
-    """State of one tensor.
+    """State of one tensor."""
 
-    Attributes:
-      roots: K_n of every axis longer than one, in its structure; None for one without factor.
-      momenta: likewise m_n; None (no memory) where there is no Riemannian momentum.
-    """
-
+    # K_n of every axis longer than one, in its structure; None for one without factor
     roots: tuple[Stored, ...]
+    # likewise m_n; None (no memory) where there is no Riemannian momentum
     momenta: tuple[Stored, ...] | None
 
 

@@ -38,19 +38,16 @@ class TntFactor(NamedTuple):
 
     Such a mode has ``U = c I``: no direction along it is told from another, and all else is as if
     it had a factor.
-
-    Attributes:
-      statistics: per mode Omega ``(d_i, d_i)``, averaged mode Gram of sampled gradients (the mean
-        over modes without factor); its diagonal ``(d_i,)`` for long modes; with square-root
-        statistics the upper triangular R with ``R^T R`` = Omega.
-      preconditioners: per mode the damped inverse of U; with square-root statistics K with
-        ``K K^T`` = inverse; for joint damping the eigenvectors of U. Vectors for diagonals.
-      spectra: per mode the eigenvalues of U, for joint damping; else None.
     """
 
+    # per mode Omega ``(d_i, d_i)``, averaged mode Gram of sampled gradients (the mean over modes
+    # without factor); its diagonal ``(d_i,)`` for long modes; with square-root statistics the upper
+    # triangular R with ``R^T R`` = Omega
     statistics: tuple[Any, ...]
+    # per mode the damped inverse of U; with square-root statistics K with ``K K^T`` = inverse; for
+    # joint damping the eigenvectors of U. Vectors for diagonals
     preconditioners: tuple[Any, ...]
-    spectra: tuple[Any, ...] | None
+    spectra: tuple[Any, ...] | None  # per mode the eigenvalues of U, for joint damping; else None
 
 
 class TntOptions(NamedTuple):

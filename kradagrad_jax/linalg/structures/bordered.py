@@ -11,21 +11,13 @@ from kradagrad_jax.linalg.structures.base import Structure, wide
 
 
 class HierarchicalParts(NamedTuple):
-    """Numbers of ``[[A, B2, B3], [0, diag(c), 0], [0, D, E]]``; None where a part is empty.
+    """Numbers of ``[[A, B2, B3], [0, diag(c), 0], [0, D, E]]``; None where a part is empty."""
 
-    Attributes:
-      a: (k1, k1).
-      b: (k1, d - k1), the columns of B2 and B3.
-      c: (d - k1 - k2,).
-      d: (k2, d - k1 - k2).
-      e: (k2, k2).
-    """
-
-    a: jax.Array | None
-    b: jax.Array | None
-    c: jax.Array | None
-    d: jax.Array | None
-    e: jax.Array | None
+    a: jax.Array | None  # (k1, k1)
+    b: jax.Array | None  # (k1, d - k1), the columns of B2 and B3
+    c: jax.Array | None  # (d - k1 - k2,)
+    d: jax.Array | None  # (k2, d - k1 - k2)
+    e: jax.Array | None  # (k2, k2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,15 +52,10 @@ class Diagonal(Structure):
 
 
 class Blocks(NamedTuple):
-    """Numbers of a block-diagonal matrix.
+    """Numbers of a block-diagonal matrix."""
 
-    Attributes:
-      equal: (count, size, size) blocks; None where d is smaller than one block.
-      last: (d % size, d % size) block; None where nothing is left over.
-    """
-
-    equal: jax.Array | None
-    last: jax.Array | None
+    equal: jax.Array | None  # (count, size, size) blocks; None where d is smaller than one block
+    last: jax.Array | None  # (d % size, d % size) block; None where nothing is left over
 
 
 @dataclasses.dataclass(frozen=True)
