@@ -104,19 +104,12 @@ def _classify(leaf: _Leaf, found: Found, number: int) -> None:
     found_views = {_view(found.uses[i], leaf, step) for i in leaf.uses}
     if None in found_views:
         leaf.reasons.append("uses see only slices of the parameter")
-    elif len(found_views) == 1:
-        _single(leaf, found, found_views.pop())
-    else:
+    elif len(found_views) > 1:
         _tied(leaf, found, found_views)
-
-
-def _single(leaf: _Leaf, found: Found, view: MatrixView | None) -> None:
-    """All uses see the same matrix; an embedding must not mix with products."""
-    kinds = {found.uses[i].kind == "embed" for i in leaf.uses}
-    if len(kinds) > 1:
+    elif len({found.uses[i].kind == "embed" for i in leaf.uses}) > 1:
         leaf.reasons.append("gathered and multiplied in the same orientation")
-        return
-    leaf.view, leaf.status = view, "full"
+    else:
+        leaf.view, leaf.status = found_views.pop(), "full"
 
 
 def _tied(leaf: _Leaf, found: Found, views: set[MatrixView | None]) -> None:

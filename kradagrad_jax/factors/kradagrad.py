@@ -6,16 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kradagrad_jax.factors import krad
+from kradagrad_jax.factors import krad, kron
 from kradagrad_jax.factors.exponents import exponents, shared_out, with_factor
-from kradagrad_jax.factors.kron import (
-    Factored,
-    apply_dense,
-    init_kron,
-    on_modes,
-    per_mode,
-    roots_of,
-)
 from kradagrad_jax.factors.method import BlockMethod, Step
 from kradagrad_jax.factors.numbers import is_number
 from kradagrad_jax.factors.roots import Root, make_root
@@ -55,17 +47,17 @@ def star_method(o: KradOptions) -> BlockMethod:
     """
     how, delayed = _root_of(o), o.form == "delayed"
 
-    def init(shape: tuple[int, ...], dtype: Any, factored: Factored = None) -> KradFactor:
+    def init(shape: tuple[int, ...], dtype: Any, factored: kron.Factored = None) -> KradFactor:
         factor = _init(o, how, shape, dtype, factored)
         if not delayed:
             return factor
-        return factor._replace(pending=per_mode(lambda i, x: 0 * x, factor.statistics))
+        return factor._replace(pending=kron.per_mode(lambda i, x: 0 * x, factor.statistics))
 
     def accumulate(factor: KradFactor, g: jax.Array, step: Step) -> KradFactor:
         if delayed:
             b = jnp.asarray(o.beta2, g.dtype)
             assert factor.pending is not None
-            sums = per_mode(lambda i, a: b * a + mode_gram(g, i), factor.pending)
+            sums = kron.per_mode(lambda i, a: b * a + mode_gram(g, i), factor.pending)
             return factor._replace(pending=sums)
         first = step.statistics == 1
         return _updated(o, factor, [unfold(g, i) for i in range(g.ndim)], first)
@@ -74,10 +66,10 @@ def star_method(o: KradOptions) -> BlockMethod:
         first = step.refreshes == 0
         if delayed:
             factor = _updated(o, factor, factor.pending, first)
-            factor = factor._replace(pending=per_mode(lambda i, x: 0 * x, factor.statistics))
+            factor = factor._replace(pending=kron.per_mode(lambda i, x: 0 * x, factor.statistics))
         e = shared_out(factor.statistics, o.exponent)
         return factor._replace(
-            preconditioners=roots_of(
+            preconditioners=kron.roots_of(
                 lambda e, x, p: how.compute(x, p, e, first),
                 e,
                 factor.statistics,
@@ -155,11 +147,11 @@ def alternating_method(o: KradOptions) -> BlockMethod:
 def _each(statistics: Sequence[Any], function: Any) -> tuple[Any, ...]:
     """``function(place among the modes with a factor, mode)``; None for the others."""
     places = iter(range(len(statistics)))
-    return per_mode(lambda i, _: function(next(places), i), statistics)
+    return kron.per_mode(lambda i, _: function(next(places), i), statistics)
 
 
 def _init(
-    o: KradOptions, how: Root, shape: tuple[int, ...], dtype: Any, factored: Factored
+    o: KradOptions, how: Root, shape: tuple[int, ...], dtype: Any, factored: kron.Factored
 ) -> KradFactor:
     scale = jnp.asarray(o.initial, dtype)
     kept = with_factor(shape, factored, o.exponent)
@@ -168,9 +160,9 @@ def _init(
         is_number(o.beta2, 1) and is_number(o.damping, 0)
     )
     return KradFactor(
-        init_kron(shape, start, dtype, kept).statistics,
-        on_modes(lambda n: how.init(n, dtype), shape, kept),
-        on_modes(lambda n: scale, shape, kept) if remembered else None,
+        kron.init_kron(shape, start, dtype, kept).statistics,
+        kron.on_modes(lambda n: how.init(n, dtype), shape, kept),
+        kron.on_modes(lambda n: scale, shape, kept) if remembered else None,
     )
 
 
@@ -181,15 +173,15 @@ def _of_mode(factor: KradFactor, mode: int) -> tuple[Any, Any]:
 
 def _with_modes(factor: KradFactor, pairs: tuple[Any, ...]) -> KradFactor:
     """The factor with these statistics and starts."""
-    starts = None if factor.starts is None else per_mode(lambda i, pair: pair[1], pairs)
-    return factor._replace(statistics=per_mode(lambda i, pair: pair[0], pairs), starts=starts)
+    starts = None if factor.starts is None else kron.per_mode(lambda i, pair: pair[1], pairs)
+    return factor._replace(statistics=kron.per_mode(lambda i, pair: pair[0], pairs), starts=starts)
 
 
 def _updated(o: KradOptions, factor: KradFactor, parts: Any, first: jax.Array) -> KradFactor:
     """All modes with their unfolded gradients (delayed: Gram matrices) in."""
     return _with_modes(
         factor,
-        per_mode(
+        kron.per_mode(
             lambda i, x: _update_one(o, *_of_mode(factor, i), parts[i], first), factor.statistics
         ),
     )
@@ -240,6 +232,6 @@ def _root_of(o: KradOptions) -> Root:
         return Root(
             lambda n, dtype: jnp.eye(n, dtype=dtype),
             lambda x, p, e, exact: left_power(x, e),
-            apply_dense,
+            kron.apply_dense,
         )
     return make_root(o.root, o.root_damping, "absolute")

@@ -6,17 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kradagrad_jax import linalg
 from kradagrad_jax.factors.kron import apply_dense
-from kradagrad_jax.linalg import (
-    checked_positive_root,
-    eigh,
-    inverse_root,
-    multiply_modes,
-    powered_spectrum,
-    refine_eigenbasis,
-    symmetric_power,
-    when,
-)
 
 
 class Root(NamedTuple):
@@ -54,7 +45,9 @@ def make_root(kind: str, damping: Any, rule: Any) -> Root:
         return jnp.eye(n, dtype=dtype)
 
     if kind == "eigh":
-        return Root(eye, lambda s, p, e, exact: symmetric_power(s, e, damping, rule), apply_dense)
+        return Root(
+            eye, lambda s, p, e, exact: linalg.symmetric_power(s, e, damping, rule), apply_dense
+        )
     if kind == "newton":
         return Root(eye, lambda s, p, e, exact: _newton(s, p, e, damping), apply_dense)
     if kind == "tracked":
@@ -75,9 +68,9 @@ def _newton(s: jax.Array, old: jax.Array, exponent: Any, damping: Any) -> jax.Ar
     if abs(p * abs(exponent) - 1.0) > 1e-9:
         raise ValueError(f"root='newton' needs an exponent 1/p with an integer p, got {exponent}")
     if exponent < 0:
-        x, error = inverse_root(s, p, damping)
+        x, error = linalg.inverse_root(s, p, damping)
     else:
-        x, error = checked_positive_root(s, p, jnp.maximum(damping, 1e-6))
+        x, error = linalg.checked_positive_root(s, p, jnp.maximum(damping, 1e-6))
     return jnp.where(error < 0.1, x, old)  # not converged (or NaN): the previous root serves on
 
 
@@ -85,14 +78,16 @@ def _tracked(
     s: jax.Array, old: Spectral, exponent: Any, damping: Any, rule: Any, exact: Any
 ) -> Spectral:
     """Eigenvalues of the preconditioner, and an approximate eigenbasis of the statistic."""
-    refined = refine_eigenbasis(s, old.basis)
-    w, basis = when(jnp.asarray(exact), lambda _, s: tuple(eigh(s)), tuple(refined), s)
-    return Spectral(basis, powered_spectrum(w, exponent, damping, rule))
+    refined = linalg.refine_eigenbasis(s, old.basis)
+    w, basis = linalg.when(
+        jnp.asarray(exact), lambda _, s: tuple(linalg.eigh(s)), tuple(refined), s
+    )
+    return Spectral(basis, linalg.powered_spectrum(w, exponent, damping, rule))
 
 
 def _apply_spectral(
     preconditioners: Sequence[Any], g: jax.Array, skip: Sequence[int] = ()
 ) -> jax.Array:
     bases, values = ([p and p[i] for p in preconditioners] for i in (0, 1))
-    g = multiply_modes(g, bases, skip, transposed=True)
-    return multiply_modes(multiply_modes(g, values, skip), bases, skip)
+    g = linalg.multiply_modes(g, bases, skip, transposed=True)
+    return linalg.multiply_modes(linalg.multiply_modes(g, values, skip), bases, skip)
