@@ -1,5 +1,6 @@
 """Curvature of a likelihood: sampled labels, the exact Gauss-Newton matrix, or the true labels."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -91,12 +92,8 @@ def model_value_grad_and_curvature(
         scale = terms if fisher == "empirical" else jnp.ones_like(terms)
         run = Run(ready, how, update_stats, extra, scale)
         leaves, tree = jax.tree.flatten(params)
-        z, pull, aux = jax.vjp(
-            lambda sinks, leaves: run.results(sinks, leaves, has_aux),
-            run.sinks,
-            leaves,
-            has_aux=True,
-        )
+        results = functools.partial(run.results, has_aux=has_aux)
+        z, pull, aux = jax.vjp(results, run.sinks, leaves, has_aux=True)
         value, dz = jax.value_and_grad(loss.value)(z, targets, weights)
         stats, grads = pull(dz)
         if rng is not None and fisher == "mc":

@@ -59,10 +59,7 @@ def gram_method(
 
     def init(shape: tuple[int, ...], dtype: Any, factored: kron.Factored = None) -> kron.KronFactor:
         kept = with_factor(shape, factored, exponent)
-        plain = kron.init_kron(shape, initial, dtype, kept)
-        return plain._replace(
-            preconditioners=kron.on_modes(lambda n: how.init(n, dtype), shape, kept)
-        )
+        return kron.init_kron(shape, initial, dtype, kept, how.init)
 
     def accumulate(factor: kron.KronFactor, g: jax.Array, step: Step) -> kron.KronFactor:
         old, new = _weights(beta2, g.dtype)
@@ -88,7 +85,7 @@ def gram_method(
         init=init,
         accumulate=accumulate,
         refresh=refresh,
-        precondition=lambda factor, g, step: how.apply(factor.preconditioners, g),
+        precondition=lambda factor, g, step: how.apply(g, factor.preconditioners),
         name=f"shampoo(gram, {root}, {averaged(beta2)})",
         partial=True,
     )
@@ -176,7 +173,7 @@ def array_method(
         init=init,
         accumulate=accumulate,
         refresh=refresh,
-        precondition=lambda factor, g, step: kron.apply_square_root(factor.preconditioners, g),
+        precondition=lambda factor, g, step: kron.apply_square_root(g, factor.preconditioners),
         refresh_cost=lambda shape: 2.0 * sum(n**3 for n in shape),
         name=f"shampoo(square_root, {averaged(beta2)})",
         partial=True,

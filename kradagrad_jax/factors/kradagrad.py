@@ -11,7 +11,7 @@ from kradagrad_jax.factors.exponents import exponents, shared_out, with_factor
 from kradagrad_jax.factors.method import BlockMethod, Step
 from kradagrad_jax.factors.numbers import is_number
 from kradagrad_jax.factors.roots import Root, make_root
-from kradagrad_jax.linalg import left_power, mode_gram, unfold, when
+from kradagrad_jax.linalg import left_power, mode_gram, multiply_modes, unfold, when
 
 
 class KradOptions(NamedTuple):
@@ -81,7 +81,7 @@ def star_method(o: KradOptions) -> BlockMethod:
         init=init,
         accumulate=accumulate,
         refresh=refresh,
-        precondition=lambda factor, g, step: how.apply(factor.preconditioners, g),
+        precondition=lambda factor, g, step: how.apply(g, factor.preconditioners),
         name=f"kradagrad_star({o.form}, {o.root})",
         partial=True,
     )
@@ -109,7 +109,7 @@ def alternating_method(o: KradOptions) -> BlockMethod:
             old = _of_mode(factor, i)
 
             def update(old: tuple[Any, Any]) -> tuple[Any, Any]:
-                u = unfold(how.apply(factor.preconditioners, g, skip=(i,)), i)
+                u = unfold(how.apply(g, factor.preconditioners, skip=(i,)), i)
                 return _update_one(o, *old, u, step.statistics == place + 1)
 
             return when(mode == place, update, old)
@@ -138,7 +138,7 @@ def alternating_method(o: KradOptions) -> BlockMethod:
         init=lambda shape, dtype, factored=None: _init(o, how, shape, dtype, factored),
         accumulate=accumulate,
         refresh=refresh,
-        precondition=lambda factor, g, step: how.apply(factor.preconditioners, g),
+        precondition=lambda factor, g, step: how.apply(g, factor.preconditioners),
         name=f"kradagrad({o.form}, {o.root})",
         partial=True,
     )
@@ -160,8 +160,7 @@ def _init(
         is_number(o.beta2, 1) and is_number(o.damping, 0)
     )
     return KradFactor(
-        kron.init_kron(shape, start, dtype, kept).statistics,
-        kron.on_modes(lambda n: how.init(n, dtype), shape, kept),
+        *kron.init_kron(shape, start, dtype, kept, how.init),
         kron.on_modes(lambda n: scale, shape, kept) if remembered else None,
     )
 
@@ -229,9 +228,5 @@ def _root_of(o: KradOptions) -> Root:
                 f"form={o.form!r} takes its root from a singular value decomposition; "
                 f"leave root='eigh', got {o.root!r}"
             )
-        return Root(
-            lambda n, dtype: jnp.eye(n, dtype=dtype),
-            lambda x, p, e, exact: left_power(x, e),
-            kron.apply_dense,
-        )
+        return Root(kron.eye, lambda x, p, e, exact: left_power(x, e), multiply_modes)
     return make_root(o.root, o.root_damping, "absolute")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from kradagrad_jax import linalg
 from kradagrad_jax.factors.lowrank_options import LowRankOptions, Online
 from kradagrad_jax.factors.method import BlockMethod, Grams, Rows, Step
-from kradagrad_jax.factors.numbers import at_step, corrected_share
+from kradagrad_jax.factors.numbers import at_step, share_of_newest
 
 
 class Side(NamedTuple):
@@ -112,23 +112,14 @@ def _init_side(o: LowRankOptions, d: int, dtype: Any) -> Side:
     )
 
 
-def _weights(o: LowRankOptions, count: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Weights of the old average and of the new statistic, the ``count``-th."""
-    ema = jnp.asarray(o.ema, dtype)
-    if o.start != "corrected":
-        return ema, 1 - ema
-    new = corrected_share(ema, count, dtype)
-    return 1 - new, new
-
-
 def _observe(
     o: LowRankOptions, side: Side, x: jax.Array, rows: bool, step: Step, place: tuple[int, Any]
 ) -> Side:
     """Folds a statistic in: rows (n, d), or a Gram matrix (d, d)."""
     m = side.m
     if m is not None:
-        old, new = _weights(o, step.statistics, m.dtype)
-        m = old * m + new * (linalg.matmul(x.T, x) if rows else x)
+        new = share_of_newest(o.start, o.ema, step.statistics, m.dtype)
+        m = (1 - new) * m + new * (linalg.matmul(x.T, x) if rows else x)
     if o.online is None or not is_tracked(o, side.pairs.u.shape[0]):
         return side._replace(m=m)
     if not rows or x.shape[0] != o.columns:
@@ -158,11 +149,11 @@ def _follow(
     place: tuple[int, Any],
 ) -> tuple[linalg.LowRank, jax.Array]:
     """The online update of a tracked side, and the light correction where it is due."""
-    old, new = _weights(o, folded(o, len(side.pairs.u), step), rows.dtype)
+    new = share_of_newest(o.start, o.ema, folded(o, len(side.pairs.u), step), rows.dtype)
     most = o.sketch.rank
     rank = _active_rank(o, step, most)
     kept = _first(linalg.LowRank(side.pairs.w[:most], side.pairs.u[:, :most]), rank)
-    pairs = linalg.brand_update(linalg.LowRank(old * kept.w, kept.u), jnp.sqrt(new) * rows.T)
+    pairs = linalg.brand_update(linalg.LowRank((1 - new) * kept.w, kept.u), jnp.sqrt(new) * rows.T)
     valid = rank + o.columns
     pairs = _first(pairs, valid)
     if online.truncate == "after":
@@ -201,18 +192,14 @@ def _decompose(o: LowRankOptions, side: Side, step: Step, place: tuple[int, Any]
         return padded, jnp.asarray(active, jnp.int32)
 
     old = (side.pairs, side.valid)
-    if is_tracked(o, d):
-        pairs, valid = linalg.when(_overwrites(o, step), decompose, old)
-    else:
+    if o.online is None or not is_tracked(o, d):
         pairs, valid = decompose(old)
+    elif not o.overwrite:
+        return side
+    else:
+        due = (step.refreshes > 0) & (step.refreshes % o.online.overwrite_every == 0)
+        pairs, valid = linalg.when(due, decompose, old)
     return side._replace(pairs=pairs, valid=valid)
-
-
-def _overwrites(o: LowRankOptions, step: Step) -> jax.Array:
-    """Whether this refresh replaces the pairs of tracked sides by a decomposition."""
-    if o.online is None or not o.overwrite:
-        return jnp.asarray(False)
-    return (step.refreshes > 0) & (step.refreshes % o.online.overwrite_every == 0)
 
 
 def _active_rank(o: LowRankOptions, step: Step, rank: int) -> Any:

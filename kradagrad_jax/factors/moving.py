@@ -48,15 +48,7 @@ def move_roots(
 ) -> tuple[tuple[Stored, ...], tuple[Stored, ...]]:
     """New roots ``K exp(-b m)`` to first or second order, and their momenta m.
 
-    ``m <- alpha m + tangent / 2``, or with ``(1 - alpha) / 2``.
-
-    Args:
-      how: numbers and choices.
-      structures: per root.
-      roots: None where a mode has none.
-      momenta: per root, None where there is none.
-      tangents: whitened curvature minus the identity, per root.
-      step: traced scalars of the step.
+    ``m <- alpha m + tangent / 2``, or with ``(1 - alpha) / 2``. Roots and momenta may be None.
     """
     alpha = jnp.asarray(how.momentum)
     share = 0.5 * (1 - alpha) if how.averaged else 0.5
@@ -76,6 +68,11 @@ def move_roots(
         new.append(_moved(s, root, m, b, how.second_order))
         kept.append(None if old is None else m)
     return (balanced(structures, new) if how.balanced else tuple(new)), tuple(kept)
+
+
+def tangent(s: Structure, h: Stored, lam: jax.Array, root: Stored) -> Stored:
+    """Whitened curvature h plus damping lam K^T K minus the identity, projected."""
+    return s.subtract_identity(jax.tree.map(jnp.add, h, scaled(lam, s.ktk(root))))
 
 
 def balanced(structures: Sequence[Structure], roots: Sequence[Stored]) -> tuple[Stored, ...]:

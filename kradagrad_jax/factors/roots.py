@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kradagrad_jax import linalg
-from kradagrad_jax.factors.kron import apply_dense
+from kradagrad_jax.factors.kron import eye
 
 
 class Root(NamedTuple):
@@ -18,7 +18,7 @@ class Root(NamedTuple):
     # ``(statistic, old preconditioner, exponent, exact) -> preconditioner`` of one mode; ``exact``:
     # the old one says nothing of the statistic yet (bool, may be traced)
     compute: Callable[[jax.Array, Any, Any, Any], Any]
-    # ``(preconditioners, gradient, skip=()) -> gradient`` multiplied in all modes that have one and
+    # ``(gradient, preconditioners, skip=()) -> gradient`` multiplied in all modes that have one and
     # are not to be skipped
     apply: Callable[..., jax.Array]
 
@@ -41,15 +41,11 @@ def make_root(kind: str, damping: Any, rule: Any) -> Root:
       rule: how eigenvalues are made safe, see :func:`kradagrad_jax.linalg.symmetric_power`.
     """
 
-    def eye(n: int, dtype: Any) -> jax.Array:
-        return jnp.eye(n, dtype=dtype)
-
     if kind == "eigh":
-        return Root(
-            eye, lambda s, p, e, exact: linalg.symmetric_power(s, e, damping, rule), apply_dense
-        )
+        power = lambda s, p, e, exact: linalg.symmetric_power(s, e, damping, rule)  # noqa: E731
+        return Root(eye, power, linalg.multiply_modes)
     if kind == "newton":
-        return Root(eye, lambda s, p, e, exact: _newton(s, p, e, damping), apply_dense)
+        return Root(eye, lambda s, p, e, exact: _newton(s, p, e, damping), linalg.multiply_modes)
     if kind == "tracked":
         return Root(
             lambda n, dtype: Spectral(eye(n, dtype), jnp.ones(n, dtype)),
@@ -86,7 +82,7 @@ def _tracked(
 
 
 def _apply_spectral(
-    preconditioners: Sequence[Any], g: jax.Array, skip: Sequence[int] = ()
+    g: jax.Array, preconditioners: Sequence[Any], skip: Sequence[int] = ()
 ) -> jax.Array:
     bases, values = ([p and p[i] for p in preconditioners] for i in (0, 1))
     g = linalg.multiply_modes(g, bases, skip, transposed=True)
