@@ -6,8 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kradagrad_jax.factors import kron
 from kradagrad_jax.factors.exponents import shared_out, with_factor
+from kradagrad_jax.factors.kron import (
+    Factored,
+    KronFactor,
+    apply_square_root,
+    init_kron,
+    per_mode,
+    roots_of,
+)
 from kradagrad_jax.factors.method import BlockMethod, Step
 from kradagrad_jax.factors.numbers import averaged
 from kradagrad_jax.factors.roots import make_root
@@ -57,19 +64,17 @@ def gram_method(
     """Shampoo with Gram statistics ``S_i = sum w_j U_j U_j^T`` (arXiv 1802.09568, Algorithm 2)."""
     how = make_root(root, damping, damping_rule)
 
-    def init(shape: tuple[int, ...], dtype: Any, factored: kron.Factored = None) -> kron.KronFactor:
+    def init(shape: tuple[int, ...], dtype: Any, factored: Factored = None) -> KronFactor:
         kept = with_factor(shape, factored, exponent)
-        return kron.init_kron(shape, initial, dtype, kept, how.init)
+        return init_kron(shape, initial, dtype, kept, how.init)
 
-    def accumulate(factor: kron.KronFactor, g: jax.Array, step: Step) -> kron.KronFactor:
+    def accumulate(factor: KronFactor, g: jax.Array, step: Step) -> KronFactor:
         old, new = _weights(beta2, g.dtype)
         return factor._replace(
-            statistics=kron.per_mode(
-                lambda i, s: old * s + new * mode_gram(g, i), factor.statistics
-            )
+            statistics=per_mode(lambda i, s: old * s + new * mode_gram(g, i), factor.statistics)
         )
 
-    def refresh(factor: kron.KronFactor, step: Step) -> kron.KronFactor:
+    def refresh(factor: KronFactor, step: Step) -> KronFactor:
         def one(e: Any, s: jax.Array, old: Any) -> Any:
             scale = 1.0
             if bias_correction:
@@ -78,7 +83,7 @@ def gram_method(
 
         e = shared_out(factor.statistics, exponent)
         return factor._replace(
-            preconditioners=kron.roots_of(one, e, factor.statistics, factor.preconditioners)
+            preconditioners=roots_of(one, e, factor.statistics, factor.preconditioners)
         )
 
     return BlockMethod(
@@ -128,15 +133,15 @@ def array_method(
         safeguard = {"floor": damping, "damping": 0.0}
     safeguard["relative"] = damping_rule == "relative"
 
-    def init(shape: tuple[int, ...], dtype: Any, factored: kron.Factored = None) -> Any:
+    def init(shape: tuple[int, ...], dtype: Any, factored: Factored = None) -> Any:
         start = jnp.sqrt(jnp.asarray(initial, dtype))
-        plain = kron.init_kron(shape, start, dtype, with_factor(shape, factored, exponent))
+        plain = init_kron(shape, start, dtype, with_factor(shape, factored, exponent))
         return plain if k == 1 else PendingFactor(*plain, jnp.zeros((k, *shape), dtype))
 
     def fold(statistics: tuple[Any, ...], pending: jax.Array, age: Any) -> tuple[Any, ...]:
         """Statistics with the pending rows in; ``age`` = how many gradients these are."""
         old = jnp.sqrt(_weights(beta2, pending.dtype)[0] ** age)
-        return kron.per_mode(lambda i, r: sr_update(old * r, _rows(pending, i)), statistics)
+        return per_mode(lambda i, r: sr_update(old * r, _rows(pending, i)), statistics)
 
     def accumulate(factor: Any, g: jax.Array, step: Step) -> Any:
         old, new = _weights(beta2, g.dtype)
@@ -167,13 +172,13 @@ def array_method(
             return svd_root(jnp.sqrt(scale) * r, -e, **safeguard)
 
         e = shared_out(statistics, exponent)
-        return factor._replace(preconditioners=kron.per_mode(one, statistics, e))
+        return factor._replace(preconditioners=per_mode(one, statistics, e))
 
     return BlockMethod(
         init=init,
         accumulate=accumulate,
         refresh=refresh,
-        precondition=lambda factor, g, step: kron.apply_square_root(g, factor.preconditioners),
+        precondition=lambda factor, g, step: apply_square_root(g, factor.preconditioners),
         refresh_cost=lambda shape: 2.0 * sum(n**3 for n in shape),
         name=f"shampoo(square_root, {averaged(beta2)})",
         partial=True,
