@@ -10,21 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from kradagrad_jax.curvature.execute import Sinks
-from kradagrad_jax.curvature.parts import INPUT_SIDE, Part, wide
+from kradagrad_jax.curvature.parts import INPUT_SIDE, Part, scaled, wide
 from kradagrad_jax.curvature.plan import Plan, Tap
 from kradagrad_jax.curvature.reducers import Reducer
-
-SQUARED = ("G", "Gdiag", "D", "L", "R")
 
 
 def assemble(plan: Plan, reducer: Reducer, stats: Sinks, scale: Any) -> dict[str, tuple[Part, ...]]:
     """Parts per path, all slices of a leaf stacked and the uses of a leaf summed.
 
-    Args:
-      plan: the plan that the taps came from.
-      reducer: the reducer that made them.
-      stats: cotangents of the sinks, by number of the tap.
-      scale: what turns a cotangent into that of the sum of the loss terms.
+    ``stats``: cotangents of the sinks; ``scale``: what makes of them those of the sum of the terms.
     """
     by_path: dict[str, list[tuple[Tap, Part]]] = defaultdict(list)
     for number, tap in enumerate(plan.taps):
@@ -65,54 +59,33 @@ def _flat_array(key: str, x: jax.Array, loops: int, stack: list[int], time: list
 def _scaled(tap: Tap, reducer: Reducer, part: Part, scale: Any) -> Part:
     if reducer.custom is not None and tap.layer is not None:
         return part
-    c = scale * tap.use.view.factor
-    out = {}
-    for key, x in part.items():
-        power = 2 if key in SQUARED else 1 if key == "v" else 0
-        out[key] = x * jnp.asarray(c, x.dtype) ** power if power else x
     if "g" in part:
-        out["scale"] = jnp.asarray(c, wide(part["g"]).dtype)
-    return out
+        part["scale"] = jnp.ones((), wide(part["g"]).dtype)
+    return scaled(part, scale * tap.use.view.factor)
 
 
 def _combined(held: Sequence[tuple[Tap, Part]], reducer: Reducer) -> tuple[Part, ...]:
     """Uses of one leaf: added where they are sums, kept side by side where they are raw."""
+    add = functools.partial(jax.tree.map, jnp.add)
     roles: dict[bool, list[tuple[Tap, Part]]] = defaultdict(list)
     for tap, part in held:
         roles[tap.use.kind == "embed"].append((tap, part))
     out: list[Part] = []
     for role in sorted(roles, reverse=True):  # of a tied embedding the gather comes first
-        slices = _by_slice(roles[role])
+        count = held[0][0].slice[1]
+        slices = [[p for tap, p in roles[role] if tap.slice[0] == i] for i in range(count)]
         if not reducer.keeps_positions:
-            slices = [[functools.reduce(_add, parts)] for parts in slices]
-        joined = [_join(parts, held[0][0]) for parts in _transposed(slices)]
-        out += joined
+            slices = [[functools.reduce(add, parts)] for parts in slices]
+        if len({len(parts) for parts in slices}) > 1:
+            raise NotImplementedError(
+                "raw statistics of a parameter whose slices are used a different number of times; "
+                "capture with reducer='kron'"
+            )
+        out += [_join(parts, held[0][0]) for parts in zip(*slices, strict=True)]
     return tuple(out)
 
 
-def _add(x: Part, y: Part) -> Part:
-    return {key: x[key] + y[key] for key in x}
-
-
-def _by_slice(held: Sequence[tuple[Tap, Part]]) -> list[list[Part]]:
-    slices: list[list[Part]] = [[] for _ in range(held[0][0].slice[1])]
-    for tap, part in held:
-        slices[tap.slice[0]].append(part)
-    return slices
-
-
-def _transposed(slices: list[list[Part]]) -> list[list[Part]]:
-    """One list of slices per use; slices used less often repeat nothing and must not occur."""
-    counts = {len(s) for s in slices}
-    if len(counts) > 1:
-        raise NotImplementedError(
-            "raw statistics of a parameter whose slices are used a different number of times; "
-            "capture with reducer='kron'"
-        )
-    return [list(parts) for parts in zip(*slices, strict=True)]
-
-
-def _join(parts: list[Part], tap: Tap) -> Part:
+def _join(parts: Sequence[Part], tap: Tap) -> Part:
     """Slices become part of the stack: after the axes of loops, before the groups."""
     if len(parts) == 1:
         return parts[0]
@@ -132,11 +105,8 @@ def over_directions(stats: Sinks, average: bool) -> Sinks:
     """Cotangents of several loss directions (leading axis) as statistics of all of them.
 
     What belongs to the inputs is the same for all and taken once; what belongs to the cotangents
-    is summed, or averaged over draws. Raw cotangents are kept side by side.
-
-    Args:
-      stats: as returned by a vmapped pullback.
-      average: whether the directions are draws of the same thing.
+    is summed, or averaged where the directions are draws of the same thing. Raw cotangents are kept
+    side by side.
     """
 
     def merged(part: Part) -> Part:

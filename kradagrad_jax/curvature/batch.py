@@ -11,20 +11,14 @@ from kradagrad_jax.curvature.internals import Graph
 
 @dataclasses.dataclass(frozen=True)
 class BatchAxes:
-    """Dimensions that carry the batch.
+    """Dimensions that carry the batch."""
 
-    Attributes:
-      examples: N, the number of examples.
-      grown: per value the dimensions that doubled with the batch; None: unknown, guess.
-      shapes: shape of every value.
-      guessed: why they had to be guessed; "" if they are known.
-      alone: values of a single example, inside loops over examples; found while walking.
-    """
-
-    examples: int
+    examples: int  # N, the number of examples
+    # per value the dimensions that doubled with the batch; None: unknown, guess
     grown: tuple[tuple[int, ...], ...] | None
     shapes: tuple[tuple[int, ...], ...]
-    guessed: str = ""
+    guessed: str = ""  # why they had to be guessed; "" if they are known
+    # values of a single example, inside loops over examples; found while walking
     alone: set[int] = dataclasses.field(default_factory=set)
 
     def __call__(self, value: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kradagrad_jax.curvature.assemble import assemble
 from kradagrad_jax.curvature.container import Curvature
-from kradagrad_jax.curvature.execute import Inputs, Sinks, make_sinks
+from kradagrad_jax.curvature.execute import Context, Inputs, Sinks, evaluate, make_sinks
 from kradagrad_jax.curvature.internals import varying_axes
 from kradagrad_jax.curvature.plan import Plan
 from kradagrad_jax.curvature.prepare import Prepared, prepare, report
@@ -124,18 +124,15 @@ def value_grad_and_curvature(
         ready = prepare(loss_fn, params, args, batch_argnums)
         ready.check_results(has_aux, "loss_fn", scalar=True)
         report(ready, told)
-        terms = _terms(loss_terms, ready, params, args)
+        terms = ready.examples if loss_terms is None else loss_terms
+        terms = terms(params, *args) if callable(terms) else terms
+        terms = jnp.asarray(terms, jnp.result_type(float))
         scale = terms if reduction == "mean" else jnp.ones_like(terms)
         scale = scale if loss_scale is None else scale / loss_scale
         run = Run(ready, how, update_stats, extra, scale, loss_terms is None)
-
-        def fn(sinks: Sinks, leaves: list[Any]) -> tuple[Any, Any]:
-            out = ready.run(how, sinks, run.inputs, leaves)
-            return out if has_aux else (out, None)
-
         leaves, tree = jax.tree.flatten(params)
-        value, (stats, grads) = jax.value_and_grad(fn, argnums=(0, 1), has_aux=True)(
-            run.sinks, leaves
+        value, (stats, grads) = jax.value_and_grad(run.results, argnums=(0, 1), has_aux=True)(
+            run.sinks, leaves, has_aux
         )
         value = value if has_aux else value[0]
         return value, tree.unflatten(grads), run.curvature(stats, terms)
@@ -168,6 +165,13 @@ class Run:
         axes = frozenset().union(*map(varying_axes, self.ready.values))
         self.sinks = make_sinks(self.ready.plan, self.reducer, by_tap, axes)
 
+    def results(self, sinks: Sinks, leaves: Sequence[Any], has_aux: bool) -> tuple[Any, Any]:
+        """Result and aux (or None) of the function at these parameters, with taps."""
+        context = Context(self.ready.plan, self.reducer, sinks, self.inputs)
+        flat = evaluate(context, [*leaves, *self.ready.values[len(leaves) :]])
+        out = self.ready.tree.unflatten(flat)
+        return out if has_aux else (out, None)
+
     def curvature(self, stats: Sinks, terms: Any) -> Curvature:
         """The statistics by path; zeros if they are switched off."""
         plan = self.ready.plan
@@ -182,13 +186,6 @@ class Run:
         terms = jnp.where(fresh, terms, 0)  # what was not taken does not count in a sum
         name = "custom" if self.reducer.custom else self.reducer.name
         return Curvature(held, terms, fresh, spec, name)
-
-
-def _terms(loss_terms: Any, ready: Prepared, params: Any, args: Sequence[Any]) -> jax.Array:
-    terms = ready.examples if loss_terms is None else loss_terms
-    if callable(terms):
-        terms = terms(params, *args)
-    return jnp.asarray(terms, jnp.result_type(float))
 
 
 def _extra_by_tap(plan: Plan, extra: Mapping[str, Any] | None) -> Sinks:

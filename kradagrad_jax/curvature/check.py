@@ -60,12 +60,8 @@ def check(
     @jax.jit
     def both(leaves: list[Any]) -> Any:
         run = Run(ready, identity, True, None, 1.0)
-
-        def fn(sinks: Any, leaves: list[Any]) -> Any:
-            out = ready.run(identity, sinks, run.inputs, leaves)
-            return out[0] if has_aux else out
-
-        stats, grads = jax.grad(fn, argnums=(0, 1))(run.sinks, leaves)
+        gradient = jax.grad(run.results, argnums=(0, 1), has_aux=True)
+        (stats, grads), _ = gradient(run.sinks, leaves, has_aux)
         return assemble(ready.plan, identity, stats, 1.0), grads
 
     held, grads = both(leaves)
@@ -84,17 +80,13 @@ def check(
 def _rebuilt(plan: Plan, path: str, parts: tuple[Part, ...], like: jax.Array) -> jax.Array:
     """The gradient of a leaf from ``sum a g^T`` of its uses."""
     if path not in {layer.path for layer in plan.spec.layers}:
-        return _elementwise(plan, path, parts[0]["W"], like)
+        view = plan.elementwise[path]
+        return view.from_matrix(parts[0]["W"].reshape(view.target)).reshape(like.shape)
     layer = plan.spec.layer(path)
     first = layer.from_matrix(parts[0]["W"])
     if not layer.tied:
         return first
     return first + layer.from_matrix(jnp.swapaxes(parts[1]["W"], 1, 2))
-
-
-def _elementwise(plan: Plan, path: str, v: jax.Array, like: jax.Array) -> jax.Array:
-    view = plan.elementwise[path]
-    return view.from_matrix(v.reshape(view.target)).reshape(like.shape)
 
 
 def _table(ready: Prepared, residuals: dict[str, float]) -> str:

@@ -175,16 +175,7 @@ class Curvature:
 
     def scale_cotangents(self, c: Any) -> "Curvature":
         """The same statistics for output gradients multiplied by ``c``."""
-
-        def scaled(part: Part) -> Part:
-            powers = {"G": 2, "Gdiag": 2, "D": 2, "scale": 1, "v": 1}
-            out = {}
-            for key, x in part.items():
-                p = powers.get(key)
-                out[key] = x if p is None else x * jnp.asarray(c, x.dtype) ** p
-            return out
-
-        stats = {path: tuple(scaled(p) for p in held) for path, held in self.stats.items()}
+        stats = {path: tuple(parts.scaled(p, c) for p in held) for path, held in self.stats.items()}
         return dataclasses.replace(self, stats=stats)
 
     @classmethod
@@ -266,23 +257,28 @@ def _is_gather(part: Part, layer: Layer) -> bool:
 
 def _raw(part: Part, layer: Layer, approx: str, bias: bool) -> Any:
     """Rows of one part; hand-made ones may hold the column of the bias already."""
-    has_column = part["a"].shape[-1] == layer.d_in + 1
+    has_column = part["a"].shape[-1] == layer.d_in + 1 and not layer.tied
     a, g, count = parts.raw_rows(part, approx, bias and not has_column)
     return (a[..., : layer.d_in] if has_column and not bias else a), g, count
 
 
 def _sums(part: Part, layer: Layer, approx: str, bias: bool) -> Any:
-    if "a" in part and not layer.tied:
+    """Unscaled factors and the count of one part, from sums or from raw rows."""
+    if "ids" in part:
+        g = parts.wide(part["g"]) * parts.wide(part["scale"])
+        counts = parts.row_counts(part["ids"], part.get("mask"), layer.d_in)
+        return counts, parts.gram(g.reshape(g.shape[0], -1, g.shape[-1])), parts.wide(part["P"])
+    if "a" in part:
         a, g, count = _raw(part, layer, approx, bias)
         return parts.gram(a), parts.gram(g.reshape(g.shape[0], -1, g.shape[-1])), count
-    key = "A" if "A" in part else "Adiag"
-    given = key in part and "a" not in part and not layer.tied
-    if given and part[key].shape[-1] == layer.d_in + 1:
-        cut = (slice(None), *(slice(0, layer.d_in),) * (part[key].ndim - 1))
-        return part[key] if bias else part[key][cut], part.get("G", part.get("Gdiag")), part["P"]
-    if given and bias and key == "A" and "abar" not in part:
+    a = part["A"] if "A" in part else part["Adiag"]
+    if a.shape[-1] == layer.d_in + 1 and not layer.tied:  # hand-made, with the bias
+        a = a if bias else a[(slice(None), *(slice(0, layer.d_in),) * (a.ndim - 1))]
+    elif bias and "A" in part and "abar" not in part:
         raise ValueError(
             f"the factor A of '{layer.path}' has no row for the bias '{layer.bias}': give A over "
             "d_in + 1 inputs, or use bias=False (joint_bias=False)"
         )
-    return parts.kron_sums(part, layer, approx, bias)
+    elif bias:
+        a = parts.with_bias(part)
+    return a, part["G"] if "G" in part else part["Gdiag"], parts.wide(part["P"])

@@ -7,7 +7,7 @@ that nobody reads cost nothing.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,25 +16,18 @@ from jax import lax
 
 from kradagrad_jax.curvature import internals
 from kradagrad_jax.curvature.internals import REMAT, Block, Constant, Node
-from kradagrad_jax.curvature.plan import Plan, Tap
+from kradagrad_jax.curvature.plan import Plan
 from kradagrad_jax.curvature.reducers import Reducer, reduce_use
 
 Sinks = dict[str, Any]  # by number of the tap; one key type, so that pytrees can be sorted
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What the taps need besides activation and cotangent; operands, never closed over.
+class Inputs(NamedTuple):
+    """What the taps need besides activation and cotangent; operands, never closed over."""
 
-    Attributes:
-      gate: bool scalar: take statistics at this step; None: always.
-      scale: scalar by which cotangents are multiplied before a custom reducer sees them.
-      extra: by number of the tap, for custom reducers.
-    """
-
-    gate: Any
-    scale: Any
-    extra: Sinks
+    gate: Any  # bool scalar: take statistics at this step; None: always
+    scale: Any  # scalar by which cotangents are multiplied before a custom reducer sees them
+    extra: Sinks  # by number of the tap, for custom reducers
 
 
 @dataclasses.dataclass
@@ -47,40 +40,36 @@ class Context:
     inputs: Inputs
     depth: int = 0
 
-    def at(self, sinks: Sinks, gate: Any, scale: Any, extra: Sinks, depth: int) -> "Context":
-        return Context(self.plan, self.reducer, sinks, Inputs(gate, scale, extra), depth)
-
-    def below(self, node: Node) -> tuple[Sinks, Sinks]:
-        """Sinks and extras of the taps inside a node."""
-        keys = [str(k) for k in self.plan.inside[node.index]]
-        extra = self.inputs.extra
-        return {k: self.sinks[k] for k in keys}, {k: extra[k] for k in keys if k in extra}
+    def of(self, numbers: Sequence[int]) -> tuple[Sinks, Inputs]:
+        """Sinks and inputs of these taps."""
+        keys, extra = [str(n) for n in numbers], self.inputs.extra
+        own = {k: extra[k] for k in keys if k in extra}
+        return {k: self.sinks[k] for k in keys}, self.inputs._replace(extra=own)
 
 
 def _tap(reduce: Callable[..., Any]) -> Callable[..., Any]:
-    """Identity in y; ``reduce(x, g, extra, scale)`` becomes the cotangent of the sink."""
+    """Identity in y; ``reduce(x, g, inputs)`` becomes the cotangent of the sink."""
 
     @jax.custom_vjp
-    def tap(y: Any, x: Any, sink: Any, gate: Any, scale: Any, extra: Any) -> Any:
+    def tap(y: Any, x: Any, sink: Any, inputs: Inputs) -> Any:
         return y
 
-    def forward(y: Any, x: Any, sink: Any, gate: Any, scale: Any, extra: Any) -> Any:
-        return y, (x, sink, gate, scale, extra)
+    def forward(y: Any, x: Any, sink: Any, inputs: Inputs) -> Any:
+        return y, (x, sink, inputs)
 
     def backward(kept: Any, g: Any) -> Any:
-        x, sink, gate, scale, extra = kept
+        x, sink, inputs = kept
+
+        def like(v: jax.Array, s: jax.Array) -> jax.Array:
+            return internals.vary(v.astype(s.dtype), internals.varying_axes(s))
 
         def compute() -> Any:
-            found = reduce(x, g, extra, scale)
-            return jax.tree.map(
-                lambda v, s: internals.vary(v.astype(s.dtype), internals.varying_axes(s)),
-                found,
-                sink,
-            )
+            return jax.tree.map(like, reduce(x, g, inputs), sink)
 
         # only the reducer is conditional: convolutions inside `cond` are slow on CPU
+        gate = inputs.gate
         stats = compute() if gate is None else lax.cond(gate, compute, lambda: sink)
-        return g, None, stats, None, None, None
+        return g, None, stats, None
 
     tap.defvjp(forward, backward)
     return tap
@@ -115,64 +104,50 @@ def _block(context: Context, block: Block, values: Sequence[Any]) -> list[Any]:
 def _apply(context: Context, numbers: Sequence[int], y: Any, read: Callable[[Any], Any]) -> Any:
     taps = {str(n): context.plan.taps[n] for n in numbers}
 
-    def reduce(x: Any, g: Any, extra: Sinks, scale: Any) -> Any:
+    def reduce(x: Any, g: Any, inputs: Inputs) -> Any:
         return {
-            k: reduce_use(context.reducer, t, x[k][0], x[k][1], g, scale, extra.get(k))
+            k: reduce_use(context.reducer, t, x[k], g, inputs.scale, inputs.extra.get(k))
             for k, t in taps.items()
         }
 
-    x = {k: _operands(tap, read) for k, tap in taps.items()}
-    sink = {k: context.sinks[k] for k in taps}
-    inputs = context.inputs
-    extra = {k: inputs.extra[k] for k in taps if k in inputs.extra}
-    return _tap(reduce)(y, x, sink, inputs.gate, inputs.scale, extra)
-
-
-def _operands(tap: Tap, read: Callable[[Any], Any]) -> tuple[Any, Any]:
-    use = tap.use
-    activation = None if use.activation is None else read(use.activation)
-    return activation, None if use.view.multiplier is None else read(use.view.multiplier)
+    x = {k: [None if v is None else read(v) for v in tap.operands] for k, tap in taps.items()}
+    return _tap(reduce)(y, x, *context.of(numbers))
 
 
 def _inner(context: Context, node: Node, operands: list[Any]) -> Sequence[Any]:
-    sinks, extra = context.below(node)
-    gate, scale, depth = context.inputs.gate, context.inputs.scale, context.depth
+    sinks, inputs = context.of(context.plan.inside[node.index])
     if node.name == "scan":
-        return _scan(context, node, operands, sinks, extra)
-    if node.name in REMAT:
+        return _scan(context, node, operands, sinks, inputs)
 
-        def fn(values: Any, sinks: Any, gate: Any, scale: Any, extra: Any) -> list[Any]:
-            inner = context.at(sinks, gate, scale, extra, depth)
-            return _block(inner, node.blocks[0], values)
-
-        return internals.remat(node, fn)(operands, sinks, gate, scale, extra)
-
-    def branch(block: Block) -> Callable[..., list[Any]]:
-        return lambda values, sinks, gate, scale, extra: _block(
-            context.at(sinks, gate, scale, extra, depth), block, values
+    def body(block: Block) -> Callable[..., list[Any]]:
+        return lambda values, sinks, inputs: _block(
+            dataclasses.replace(context, sinks=sinks, inputs=inputs), block, values
         )
 
+    if node.name in REMAT:
+        return internals.remat(node, body(node.blocks[0]))(operands, sinks, inputs)
     index, *rest = operands
-    branches = [branch(block) for block in node.blocks]
-    return lax.switch(jnp.asarray(index, jnp.int32), branches, rest, sinks, gate, scale, extra)
+    branches = [body(block) for block in node.blocks]
+    return lax.switch(jnp.asarray(index, jnp.int32), branches, rest, sinks, inputs)
 
 
 def _scan(
-    context: Context, node: Node, operands: list[Any], sinks: Sinks, extra: Sinks
+    context: Context, node: Node, operands: list[Any], sinks: Sinks, inputs: Inputs
 ) -> Sequence[Any]:
     """Sinks of parameters iterated over, and of all raw statistics, are scanned as well."""
-    depth, p = context.depth, node.params
+    depth, p, extra = context.depth, node.params, inputs.extra
     stacked = {k for k in sinks if context.plan.taps[int(k)].use.view.loops[depth][0] == "stack"}
     scanned = set(sinks) if context.reducer.keeps_positions else stacked
     constants, carries = p["num_consts"], p["num_carry"]
-    kept, gate, scale = operands[:constants], context.inputs.gate, context.inputs.scale
+    kept = operands[:constants]
     moving = ({k: sinks[k] for k in scanned}, {k: extra[k] for k in extra if k in stacked})
     fixed_sinks = {k: s for k, s in sinks.items() if k not in scanned}
     fixed_extra = {k: e for k, e in extra.items() if k not in stacked}
 
     def body(carry: Any, xs: Any) -> tuple[Any, Any]:
         values, (some, more) = xs
-        inner = context.at({**fixed_sinks, **some}, gate, scale, {**fixed_extra, **more}, depth + 1)
+        own = inputs._replace(extra=fixed_extra | more)
+        inner = Context(context.plan, context.reducer, fixed_sinks | some, own, depth + 1)
         out = _block(inner, node.blocks[0], [*kept, *carry, *values])
         return out[:carries], out[carries:]
 
@@ -189,18 +164,16 @@ def make_sinks(plan: Plan, reducer: Reducer, extra: Sinks, axes: frozenset[Any])
     graph, out = plan.graph, {}
     shape_of = {n.index: n.outputs[0] for n in graph.block.walk() if n.outputs}
     for number, tap in enumerate(plan.taps):
-        use = tap.use
-        y = _aval(graph, shape_of[use.node])
-        x = None if use.activation is None else _operand_aval(graph, use.activation)
-        m = None if use.view.multiplier is None else _aval(graph, use.view.multiplier)
-        depth = len(use.view.stack)
+        view = tap.use.view
+        y, *operands = (_aval(graph, v) for v in (shape_of[tap.use.node], *tap.operands))
+        depth = len(view.stack)
         inner = jax.tree.map(
             lambda e, k=depth: jax.ShapeDtypeStruct(e.shape[k:], e.dtype), extra.get(str(number))
         )
         parts = jax.eval_shape(
-            lambda x, m, g, e, tap=tap: reduce_use(reducer, tap, x, m, g, 1.0, e), x, m, y, inner
+            lambda x, g, e, tap=tap: reduce_use(reducer, tap, x, g, 1.0, e), operands, y, inner
         )
-        loops = [n for flag, n in use.view.loops if flag == "stack" or reducer.keeps_positions]
+        loops = [n for flag, n in view.loops if flag == "stack" or reducer.keeps_positions]
         out[str(number)] = jax.tree.map(
             lambda s, loops=loops: internals.vary(jnp.zeros((*loops, *s.shape), s.dtype), axes),
             parts,
@@ -208,11 +181,9 @@ def make_sinks(plan: Plan, reducer: Reducer, extra: Sinks, axes: frozenset[Any])
     return out
 
 
-def _aval(graph: internals.Graph, value: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(graph.shapes[value], graph.dtypes[value])
-
-
-def _operand_aval(graph: internals.Graph, operand: Any) -> jax.ShapeDtypeStruct:
+def _aval(graph: internals.Graph, operand: Any) -> jax.ShapeDtypeStruct | None:
     if isinstance(operand, Constant):
         return jax.ShapeDtypeStruct(np.shape(operand.value), jnp.result_type(operand.value))
-    return _aval(graph, operand)
+    if operand is None:
+        return None
+    return jax.ShapeDtypeStruct(graph.shapes[operand], graph.dtypes[operand])

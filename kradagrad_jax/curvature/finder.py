@@ -28,19 +28,15 @@ RULES = {
 
 @dataclasses.dataclass
 class Found:
-    """Result of the walk.
+    """Result of the walk."""
 
-    Attributes:
-      uses: all uses, biases unpaired.
-      others: per leaf what else consumes it: reason, primitive, source location.
-      pairs: per bias use (its number) the uses of the weights whose output it is added to, with
-        the part of the bias that belongs to each.
-    """
-
-    uses: list[Use] = dataclasses.field(default_factory=list)
+    uses: list[Use] = dataclasses.field(default_factory=list)  # all uses, biases unpaired
+    # per leaf what else consumes it: reason, primitive, source location
     others: dict[int, list[tuple[str, str, str]]] = dataclasses.field(
         default_factory=lambda: defaultdict(list)
     )
+    # per bias use (its number) the uses of the weights whose output it is added to, with the part
+    # of the bias that belongs to each
     pairs: list[tuple[int, list[int], list[View]]] = dataclasses.field(default_factory=list)
 
 
@@ -52,12 +48,12 @@ class Finder:
         self.readers: Counter[int] = Counter()
         self._count(graph.block)
         self.images: dict[int, tuple[list[int], View]] = {}
-        self.needed = _needed(graph.block)
+        self.outputs = {n.index: n.outputs[0] for n in graph.block.walk() if n.outputs}
         views: Views = {
             value: View(i, view_rules.contiguous(shape))
             for i, (value, shape) in enumerate(zip(graph.block.inputs, leaves, strict=False))
         }
-        self.walk(graph.block, views, self.needed)
+        self.walk(graph.block, views, _needed(graph.block))
 
     def _count(self, block: Block) -> None:
         self.readers.update(v for v in block.outputs if isinstance(v, int))
@@ -108,7 +104,9 @@ class Finder:
             views.update({o: v for o, v in zip(node.outputs, moved, strict=True) if v is not None})
             return
         try:
-            found = _find(node, at, view, self.graph, self.batch)
+            if node.name not in RULES:
+                raise Rejected("not a linear layer")
+            found = RULES[node.name](node, at, view, self.graph, self.batch)
         except Rejected as reason:
             if not self._paired_concat(node, at, view) and not self._multiplied(
                 node, at, view, views
@@ -150,7 +148,7 @@ class Finder:
         if known is None or isinstance(view, Concat) or len(known[0]) != 1:
             return
         use = self.found.uses[known[0][0]]
-        shape = self.graph.shapes[self._output(use)]
+        shape = self.graph.shapes[self.outputs[use.node]]
         if use.kind != "embed" and is_bias(view, use, known[1], shape):
             self.found.pairs.append((number, known[0], [view]))
 
@@ -174,11 +172,6 @@ class Finder:
             return False
         self.found.pairs.append((-1, known[0], list(view.parts)))
         return True
-
-    def _output(self, use: Use) -> int:
-        if not hasattr(self, "_outputs"):
-            self._outputs = {n.index: n.outputs[0] for n in self.graph.block.walk() if n.outputs}
-        return self._outputs[use.node]
 
     def _multiplied(self, node: Node, at: int, view: View | Concat, views: Views) -> bool:
         """Scale times a value without batch axis (batch normalisation): kept on the view."""
@@ -260,14 +253,6 @@ class Finder:
             other = (reason, node.name, node.where)
             if other not in self.found.others[part.leaf]:
                 self.found.others[part.leaf].append(other)
-
-
-def _find(node: Node, at: int, view: View | Concat, graph: Graph, batch: BatchAxes) -> list[Use]:
-    """The uses of operand ``at``; raises Rejected with the reason if there is none."""
-    rule = RULES.get(node.name)
-    if rule is None:
-        raise Rejected("not a linear layer")
-    return rule(node, at, view, graph, batch)
 
 
 def _shared(view: View | Concat, length: int) -> View | Concat:

@@ -1,5 +1,6 @@
 """Curvature of a likelihood: sampled labels, the exact Gauss-Newton matrix, or the true labels."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -90,7 +91,9 @@ def model_value_grad_and_curvature(
         # cotangents of the mean loss are divided by the number of terms, pseudo-gradients are not
         scale = terms if fisher == "empirical" else jnp.ones_like(terms)
         run = Run(ready, how, update_stats, extra, scale)
-        z, pull, aux, tree = _forward(run, params, has_aux)
+        leaves, tree = jax.tree.flatten(params)
+        results = functools.partial(run.results, has_aux=has_aux)
+        z, pull, aux = jax.vjp(results, run.sinks, leaves, has_aux=True)
         value, dz = jax.value_and_grad(loss.value)(z, targets, weights)
         stats, grads = pull(dz)
         if rng is not None and fisher == "mc":
@@ -103,18 +106,6 @@ def model_value_grad_and_curvature(
         return result, tree.unflatten(grads), run.curvature(stats, terms)
 
     return step
-
-
-def _forward(run: Run, params: Any, has_aux: bool) -> tuple[jax.Array, Pull, Any, Any]:
-    """Outputs of the model, the pullback to sinks and parameters, aux, structure of params."""
-    leaves, tree = jax.tree.flatten(params)
-
-    def fn(sinks: Sinks, leaves: list[Any]) -> tuple[Any, Any]:
-        out = run.ready.run(run.reducer, sinks, run.inputs, leaves)
-        return out if has_aux else (out, None)
-
-    z, pull, aux = jax.vjp(fn, run.sinks, leaves, has_aux=True)
-    return z, pull, aux, tree
 
 
 def _directions(pull: Pull, cotangents: jax.Array, average: bool) -> Sinks:

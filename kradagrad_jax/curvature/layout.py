@@ -13,19 +13,12 @@ Kind = Literal["dense", "conv", "embed"]
 
 @dataclasses.dataclass(frozen=True)
 class MatrixView:
-    """A reshape, a transposition and a reshape: leaf -> ``(stack, rows, columns)``.
-
-    Attributes:
-      shape: shape of the leaf.
-      sizes: row-major split of the leaf, ``prod(sizes) == prod(shape)``.
-      order: permutation of the axes of ``sizes``.
-      target: ``(stack, rows, columns)``.
-    """
+    """A reshape, a transposition and a reshape: leaf -> ``(stack, rows, columns)``."""
 
     shape: tuple[int, ...]
-    sizes: tuple[int, ...]
-    order: tuple[int, ...]
-    target: tuple[int, int, int]
+    sizes: tuple[int, ...]  # row-major split of the leaf, ``prod(sizes) == prod(shape)``
+    order: tuple[int, ...]  # permutation of the axes of ``sizes``
+    target: tuple[int, int, int]  # ``(stack, rows, columns)``
 
     def to_matrix(self, leaf: jax.Array) -> jax.Array:
         return leaf.reshape(self.sizes).transpose(self.order).reshape(self.target)

@@ -25,6 +25,7 @@ from kradagrad_jax.linalg import matmul
 
 Part = dict[str, jax.Array]
 INPUT_SIDE = ("A", "Adiag", "abar", "P", "a", "ids", "mask")
+_POWERS = {"G": 2, "Gdiag": 2, "D": 2, "L": 2, "R": 2, "v": 1, "scale": 1}
 
 
 def wider(*dtypes: Any) -> Any:
@@ -36,6 +37,12 @@ def wider(*dtypes: Any) -> Any:
 def wide(x: jax.Array) -> jax.Array:
     """``x`` in float32 or better."""
     return x.astype(wider(x.dtype))
+
+
+def scaled(part: Part, c: Any) -> Part:
+    """The part for cotangents multiplied by ``c``."""
+    factors = {k: jnp.asarray(c, x.dtype) ** _POWERS[k] for k, x in part.items() if k in _POWERS}
+    return part | {key: part[key] * factor for key, factor in factors.items()}
 
 
 def gram(x: jax.Array) -> jax.Array:
@@ -95,21 +102,6 @@ def row_counts(ids: jax.Array, weight: jax.Array | None, rows: int) -> jax.Array
     return count(flat, one)
 
 
-def kron_sums(
-    part: Part, layer: Layer, approx: str, bias: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Unscaled factors and the count of one part, from sums or from raw rows."""
-    if "ids" in part:
-        g = wide(part["g"]) * wide(part["scale"])
-        counts = row_counts(part["ids"], part.get("mask"), layer.d_in)
-        return counts, gram(g.reshape(g.shape[0], -1, g.shape[-1])), wide(part["P"])
-    if "a" in part:
-        a, g, count = raw_rows(part, approx, bias)
-        return gram(a), gram(g.reshape(g.shape[0], -1, g.shape[-1])), count
-    a = with_bias(part) if bias else part["A"] if "A" in part else part["Adiag"]
-    return a, part["G"] if "G" in part else part["Gdiag"], wide(part["P"])
-
-
 def _trace(x: jax.Array) -> jax.Array:
     """Trace of a stack of matrices or of diagonals, ``(stack, 1, 1)``."""
     total = jnp.sum(x, -1) if x.ndim == 2 else jnp.trace(x, axis1=-2, axis2=-1)
@@ -121,12 +113,6 @@ def tied_grams(layer: Layer, gathers: Grams, logits: Grams) -> Grams:
 
     The vocabulary side is the identity; the other one is
     ``tr(A_gather) / V * G_gather + tr(G_logits) / V * A_logits``, which keeps the trace.
-
-    Args:
-      layer: the tied layer, kind ``"embed"``.
-      gathers: factors of the gather: ``a`` over the vocabulary, ``g`` over the features.
-      logits: factors of the product: ``a`` over the features, ``g`` over the vocabulary.
     """
-    vocabulary = layer.d_in
-    g = (_trace(gathers.a) * gathers.g + _trace(logits.g) * logits.a) / vocabulary
-    return Grams(jnp.ones((layer.stack, vocabulary), g.dtype), g)
+    g = (_trace(gathers.a) * gathers.g + _trace(logits.g) * logits.a) / layer.d_in
+    return Grams(jnp.ones((layer.stack, layer.d_in), g.dtype), g)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kradagrad_jax.curvature.finder import Found
-from kradagrad_jax.curvature.internals import Block, Graph
+from kradagrad_jax.curvature.internals import Block, Graph, Operand
 from kradagrad_jax.curvature.layout import Kind, Layer, MatrixView
 from kradagrad_jax.curvature.spec import CaptureSpec, LeafSpec, Status
 from kradagrad_jax.curvature.uses import Use
@@ -15,19 +15,18 @@ from kradagrad_jax.curvature.views import Atom, View, matrix_view
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """A use whose statistics are taken.
-
-    Attributes:
-      use: the use.
-      path: path of the leaf.
-      layer: its layer, None for elementwise uses.
-      slice: number of the slice of the leaf (parameters indexed in Python), and how many.
-    """
+    """A use whose statistics are taken."""
 
     use: Use
     path: str
-    layer: Layer | None
+    layer: Layer | None  # its layer, None for elementwise uses
+    # number of the slice of the leaf (parameters indexed in Python), and how many
     slice: tuple[int, int]
+
+    @property
+    def operands(self) -> tuple[Operand | None, int | None]:
+        """The activation of the use and the multiplier of the leaf; None where there is none."""
+        return self.use.activation, self.use.view.multiplier
 
 
 @dataclasses.dataclass
@@ -105,19 +104,12 @@ def _classify(leaf: _Leaf, found: Found, number: int) -> None:
     found_views = {_view(found.uses[i], leaf, step) for i in leaf.uses}
     if None in found_views:
         leaf.reasons.append("uses see only slices of the parameter")
-    elif len(found_views) == 1:
-        _single(leaf, found, found_views.pop())
-    else:
+    elif len(found_views) > 1:
         _tied(leaf, found, found_views)
-
-
-def _single(leaf: _Leaf, found: Found, view: MatrixView | None) -> None:
-    """All uses see the same matrix; an embedding must not mix with products."""
-    kinds = {found.uses[i].kind == "embed" for i in leaf.uses}
-    if len(kinds) > 1:
+    elif len({found.uses[i].kind == "embed" for i in leaf.uses}) > 1:
         leaf.reasons.append("gathered and multiplied in the same orientation")
-        return
-    leaf.view, leaf.status = view, "full"
+    else:
+        leaf.view, leaf.status = found_views.pop(), "full"
 
 
 def _tied(leaf: _Leaf, found: Found, views: set[MatrixView | None]) -> None:

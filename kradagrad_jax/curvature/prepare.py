@@ -11,10 +11,8 @@ import jax.numpy as jnp
 
 from kradagrad_jax.curvature import internals
 from kradagrad_jax.curvature.batch import BatchAxes, batch_axes
-from kradagrad_jax.curvature.execute import Context, Inputs, Sinks, evaluate
 from kradagrad_jax.curvature.finder import Finder
 from kradagrad_jax.curvature.plan import Plan, make_plan
-from kradagrad_jax.curvature.reducers import Reducer
 from kradagrad_jax.engine.trees import paths_of
 
 log = logging.getLogger(__name__)
@@ -22,27 +20,12 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Prepared:
-    """A traced function with its plan.
-
-    Attributes:
-      plan: what to tap.
-      examples: N.
-      values: the flat arguments that are arrays, parameters first.
-      params: number of leaves of the parameters.
-      tree: structure of the results.
-    """
+    """A traced function with its plan."""
 
     plan: Plan
-    examples: int
-    values: list[Any]
-    params: int
-    tree: Any
-
-    def run(self, reducer: Reducer, sinks: Sinks, inputs: Inputs, params: Sequence[Any]) -> Any:
-        """Results of the function at these parameters, with taps."""
-        context = Context(self.plan, reducer, sinks, inputs)
-        flat = evaluate(context, [*params, *self.values[self.params :]])
-        return self.tree.unflatten(flat)
+    examples: int  # N
+    values: list[Any]  # the flat arguments that are arrays, parameters first
+    tree: Any  # structure of the results
 
     @property
     def output(self) -> jax.ShapeDtypeStruct:
@@ -70,11 +53,6 @@ def _is_array(x: Any) -> bool:
     return hasattr(x, "dtype") and hasattr(x, "shape")
 
 
-def _flat(params: Any, args: Sequence[Any]) -> tuple[list[Any], Any]:
-    leaves, tree = jax.tree.flatten((params, tuple(args)))
-    return leaves, tree
-
-
 def prepare(
     fn: Callable[..., Any],
     params: Any,
@@ -89,7 +67,7 @@ def prepare(
     Raises:
       ValueError: no parameter was matched, or there is no batch.
     """
-    leaves, tree = _flat(params, args)
+    leaves, tree = jax.tree.flatten((params, tuple(args)))
     count = len(jax.tree.leaves(params))
     _check_params(params, leaves[:count])
     dynamic = [i for i, x in enumerate(leaves) if i < count or _is_array(x)]
@@ -106,10 +84,12 @@ def prepare(
 
     values = [leaves[i] for i in dynamic]
     graph = internals.trace(flat_fn, values)
-    batch, examples = _batch_leaves(params, args, batch_argnums, dynamic)
+    owners = [k for k, x in enumerate((params, *args)) for _ in jax.tree.leaves(x)]
+    arrays = [(place, owners[i], leaves[i]) for place, i in enumerate(dynamic) if owners[i]]
+    batch, examples = _batch_leaves(arrays, len(args), batch_argnums)
     axes = batch_axes(graph, flat_fn, values, batch, examples)
     plan = _plan(graph, params, leaves[:count], axes)
-    return Prepared(plan, examples, values, count, structure[0])
+    return Prepared(plan, examples, values, structure[0])
 
 
 def _plan(graph: internals.Graph, params: Any, leaves: Sequence[Any], axes: BatchAxes) -> Plan:
@@ -132,15 +112,13 @@ def _check_params(params: Any, leaves: Sequence[Any]) -> None:
 
 
 def _batch_leaves(
-    params: Any, args: Sequence[Any], argnums: int | Sequence[int] | None, dynamic: Sequence[int]
+    arrays: Sequence[tuple[int, int, Any]], args: int, argnums: int | Sequence[int] | None
 ) -> tuple[list[int], int]:
-    """Positions (among the array arguments) of the leaves with a batch axis, and its length."""
-    owner = [0] * len(jax.tree.leaves(params))
-    for k, arg in enumerate(args, 1):
-        owner += [k] * len(jax.tree.leaves(arg))
-    flat = _flat(params, args)[0]
-    arrays = [(place, owner[i], flat[i]) for place, i in enumerate(dynamic) if owner[i]]
-    wanted = range(1, len(args) + 1) if argnums is None else argnums
+    """Positions of the arrays with a batch axis, and its length.
+
+    ``arrays``: position, number of the argument (from 1) and value of each.
+    """
+    wanted = range(1, args + 1) if argnums is None else argnums
     wanted = (wanted,) if isinstance(wanted, int) else tuple(wanted)
     first = next((x for k in wanted[:1] for _, o, x in arrays if o == k and x.ndim), None)
     n = 0 if first is None else first.shape[0]

@@ -1,7 +1,7 @@
 """What is kept of the inputs and output gradients of one use, computed in the backward pass."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,13 +62,13 @@ def as_reducer(reducer: "str | Reducer | CustomReduce") -> Reducer:
 def reduce_use(
     reducer: Reducer,
     tap: Tap,
-    activation: Any,
-    multiplier: Any,
+    operands: Sequence[Any],
     g: jax.Array,
     scale: Any,
     extra: Any,
 ) -> Part:
-    """Statistics of one use from its activation and the cotangent of its output."""
+    """Statistics of one use from the operands of its tap and the cotangent of its output."""
+    activation, multiplier = operands
     if tap.layer is None:
         return _elementwise(reducer, tap, activation, multiplier, g)
     averaged = reducer.name == "kron_reduce" and not reducer.mask_zero_g

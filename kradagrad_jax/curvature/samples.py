@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kradagrad_jax.curvature import internals
 from kradagrad_jax.curvature.loss import Loss
 from kradagrad_jax.curvature.parts import wider
 from kradagrad_jax.engine import trees
@@ -173,9 +174,10 @@ def _pulled(pullback: Callable[[jax.Array], Any], cotangents: jax.Array, terms: 
         out = pullback(s / terms.astype(s.dtype))
         return out[0] if isinstance(out, tuple) and len(out) == 1 else out
 
-    single = len(cotangents) == 1
-    out = jax.tree.map(lambda x: x[None], pull(cotangents[0])) if single else None
-    out = jax.vmap(pull)(cotangents) if out is None else out
+    if len(cotangents) == 1:
+        out = jax.tree.map(lambda x: x[None], pull(cotangents[0]))
+    else:
+        out = jax.vmap(pull)(cotangents)
     values = dict(zip(trees.paths_of(out), jax.tree.leaves(out), strict=True))
     return Samples(values, terms, jnp.ones((), bool))
 
@@ -276,16 +278,9 @@ def _when(
 
 def _vary(x: jax.Array, axis_name: Any) -> jax.Array:
     """Marks ``x`` as different on every shard, so that its gradient stays that of the shard."""
-    kind = getattr(jax.typeof(x), "manual_axis_type", None)
-    varying = getattr(jax.typeof(x), "vma", frozenset()) if kind is None else kind.varying
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    axes = tuple(a for a in axes if a not in varying)
-    if not axes:
-        return x
+    axes = (axis_name,) if isinstance(axis_name, str) else axis_name
     try:
-        if hasattr(jax.lax, "pcast"):
-            return jax.lax.pcast(x, axes, to="varying")
-        return getattr(jax.lax, "pvary")(x, axes)  # noqa: B009  (jax 0.7; gone since)
+        return internals.vary(x, frozenset(axes))
     except ValueError:  # an axis of vmap: its gradients are its own anyway
         return x
 

@@ -44,37 +44,25 @@ class RowIds:
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One linear use of one leaf in one equation.
-
-    Attributes:
-      kind: dense, conv, embed, scale or bias.
-      node: index of the equation.
-      activation: the other operand, or None (bias).
-      inputs: how the activation becomes a, or ids; None for a bias.
-      outputs: how the cotangent of the output becomes g.
-      view: the leaf.
-      group, rows, columns: atoms of the leaf's groups, inputs and outputs.
-      in_shape: inputs as axes.
-      part: begin and end within the joined inputs or outputs of a concatenated weight.
-      side: "rows" or "columns": which of them ``part`` cuts; "" for all.
-      bias: the bias added to the output, if paired.
-      out_dims: dimensions of the output that are groups, then outputs.
-    """
+    """One linear use of one leaf in one equation."""
 
     kind: UseKind
-    node: int
-    activation: Operand | None
+    node: int  # index of the equation
+    activation: Operand | None  # the other operand, or None (bias)
+    # how the activation becomes a, or ids; None for a bias
     inputs: Arrange | Patches | RowIds | None
-    outputs: Arrange
+    outputs: Arrange  # how the cotangent of the output becomes g
     view: View
+    # atoms of the leaf's groups, inputs and outputs
     group: tuple[Atom, ...] = ()
     rows: tuple[Atom, ...] = ()
     columns: tuple[Atom, ...] = ()
-    in_shape: tuple[int, ...] = ()
+    in_shape: tuple[int, ...] = ()  # inputs as axes
+    # begin and end within the joined inputs or outputs of a concatenated weight
     part: tuple[int, int] = (0, 0)
-    side: str = ""
-    bias: View | None = None
-    out_dims: tuple[int, ...] = ()
+    side: str = ""  # "rows" or "columns": which of them ``part`` cuts; "" for all
+    bias: View | None = None  # the bias added to the output, if paired
+    out_dims: tuple[int, ...] = ()  # dimensions of the output that are groups, then outputs
 
     @property
     def elementwise(self) -> bool:

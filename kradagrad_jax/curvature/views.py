@@ -21,24 +21,16 @@ SAME = (
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A value made of the elements of one leaf.
-
-    Attributes:
-      leaf: number of the leaf.
-      dims: per dimension the atoms whose row-major product it is; none for size 1.
-      offset: first element.
-      factor: scalar by which the elements are multiplied.
-      stack: atoms that enclosing scans iterate over, outermost first.
-      loops: enclosing loops from the outermost: ("stack" or "share", length).
-      multiplier: value that multiplies the leaf elementwise and carries no batch axis, or None.
-    """
+    """A value made of the elements of one leaf."""
 
     leaf: int
-    dims: Dims
+    dims: Dims  # per dimension the atoms whose row-major product it is; none for size 1
     offset: int = 0
-    factor: float = 1.0
-    stack: tuple[Atom, ...] = ()
+    factor: float = 1.0  # scalar by which the elements are multiplied
+    stack: tuple[Atom, ...] = ()  # atoms that enclosing scans iterate over, outermost first
+    # enclosing loops from the outermost: ("stack" or "share", length)
     loops: tuple[tuple[str, int], ...] = ()
+    # value that multiplies the leaf elementwise and carries no batch axis, or None
     multiplier: int | None = None
 
 

@@ -17,16 +17,12 @@ from kradagrad_jax.linalg.spans import Span, fold, orthonormalized, solve
 
 
 class GingerFactor(NamedTuple):
-    """The curvature of one block.
+    """The curvature of one block."""
 
-    Attributes:
-      basis: ``(tau, *block shape)``: orthonormal vectors, zero where not in use. No more than the
-        block has entries.
-      values: ``(tau,)``: their curvatures sigma, descending.
-    """
-
+    # ``(tau, *block shape)``: orthonormal vectors, zero where not in use. No more than the block
+    # has entries
     basis: jax.Array
-    values: jax.Array
+    values: jax.Array  # ``(tau,)``: their curvatures sigma, descending
 
 
 class GingerOptions(NamedTuple):

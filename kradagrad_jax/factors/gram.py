@@ -12,7 +12,6 @@ from kradagrad_jax.factors.kron import (
     KronFactor,
     apply_square_root,
     init_kron,
-    on_modes,
     per_mode,
     roots_of,
 )
@@ -67,8 +66,7 @@ def gram_method(
 
     def init(shape: tuple[int, ...], dtype: Any, factored: Factored = None) -> KronFactor:
         kept = with_factor(shape, factored, exponent)
-        plain = init_kron(shape, initial, dtype, kept)
-        return plain._replace(preconditioners=on_modes(lambda n: how.init(n, dtype), shape, kept))
+        return init_kron(shape, initial, dtype, kept, how.init)
 
     def accumulate(factor: KronFactor, g: jax.Array, step: Step) -> KronFactor:
         old, new = _weights(beta2, g.dtype)
@@ -92,25 +90,20 @@ def gram_method(
         init=init,
         accumulate=accumulate,
         refresh=refresh,
-        precondition=lambda factor, g, step: how.apply(factor.preconditioners, g),
+        precondition=lambda factor, g, step: how.apply(g, factor.preconditioners),
         name=f"shampoo(gram, {root}, {averaged(beta2)})",
         partial=True,
     )
 
 
 class PendingFactor(NamedTuple):
-    """Array-form factors with gradients that are not folded in yet.
+    """Array-form factors with gradients that are not folded in yet."""
 
-    Attributes:
-      statistics: per mode R ``(n_i, n_i)``, upper triangular, ``R^T R`` = statistic; None for a
-        mode without factor.
-      preconditioners: per mode K ``(n_i, n_i)`` with ``P = K K^T``.
-      pending: ``(fold_every, *block shape)``: weighted gradients, zero where unused.
-    """
-
+    # per mode R ``(n_i, n_i)``, upper triangular, ``R^T R`` = statistic; None for a mode without
+    # factor
     statistics: tuple[Any, ...]
-    preconditioners: tuple[Any, ...]
-    pending: jax.Array
+    preconditioners: tuple[Any, ...]  # per mode K ``(n_i, n_i)`` with ``P = K K^T``
+    pending: jax.Array  # ``(fold_every, *block shape)``: weighted gradients, zero where unused
 
 
 def _rows(g: jax.Array, mode: int) -> jax.Array:
@@ -185,7 +178,7 @@ def array_method(
         init=init,
         accumulate=accumulate,
         refresh=refresh,
-        precondition=lambda factor, g, step: apply_square_root(factor.preconditioners, g),
+        precondition=lambda factor, g, step: apply_square_root(g, factor.preconditioners),
         refresh_cost=lambda shape: 2.0 * sum(n**3 for n in shape),
         name=f"shampoo(square_root, {averaged(beta2)})",
         partial=True,

@@ -10,25 +10,21 @@ import jax
 import jax.numpy as jnp
 
 from kradagrad_jax.factors.method import BlockMethod, Grams, Rows, Step
-from kradagrad_jax.factors.numbers import at_step, corrected_share
+from kradagrad_jax.factors.numbers import at_step, share_of_newest
 from kradagrad_jax.linalg import damped_inverse, eigh, matmul, multiply_modes, sr_update, svd
 
 Pair = tuple[Any, ...]  # of the inputs and of the output gradients
 
 
 class KfacFactor(NamedTuple):
-    """State of one layer.
+    """State of one layer."""
 
-    Attributes:
-      statistics: A ``(d_in, d_in)`` and G ``(d_out, d_out)``, or their diagonals; with square-root
-        statistics the upper triangular R with ``R^T R = A``.
-      vectors: eigenvectors of A and G; ``(None, None)`` for Cholesky inverses.
-      inverses: damped inverses of A and G; beside eigenvectors: eigenvalues (inverted for the
-        factored rule, as they are for the other two).
-    """
-
+    # A ``(d_in, d_in)`` and G ``(d_out, d_out)``, or their diagonals; with square-root statistics
+    # the upper triangular R with ``R^T R = A``
     statistics: Pair
-    vectors: Pair
+    vectors: Pair  # eigenvectors of A and G; ``(None, None)`` for Cholesky inverses
+    # damped inverses of A and G; beside eigenvectors: eigenvalues (inverted for the factored rule,
+    # as they are for the other two)
     inverses: Pair
 
 
@@ -65,7 +61,8 @@ def kfac_method(o: KfacOptions) -> BlockMethod:
         )
 
     def accumulate(factor: KfacFactor, statistic: Rows | Grams, step: Step) -> KfacFactor:
-        share = _share(o, step, factor.statistics[0].dtype)
+        dtype = factor.statistics[0].dtype
+        share = share_of_newest(o.averaging, o.ema, step.statistics, dtype)
         if o.statistics == "square_root":
             if not isinstance(statistic, Rows) or any(o.diagonal):
                 raise ValueError(
@@ -118,16 +115,6 @@ def kfac_method(o: KfacOptions) -> BlockMethod:
         precondition,
         name=f"kfac({o.statistics}, {o.inverse}, {o.damping_rule}, {forms})",
     )
-
-
-def _share(o: KfacOptions, step: Step, dtype: Any) -> jax.Array:
-    """Share of the new statistic in the average."""
-    ema = jnp.asarray(o.ema, dtype)
-    if o.averaging == "corrected":
-        return corrected_share(ema, step.statistics, dtype)
-    if o.averaging == "capped":  # plain mean at first: arXiv 1503.05671 section 5
-        return jnp.maximum(1 / step.statistics.astype(dtype), 1 - ema)
-    return 1 - ema
 
 
 def _grams(statistic: Rows | Grams, o: KfacOptions) -> Pair:

@@ -6,20 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kradagrad_jax.factors import krad
+from kradagrad_jax.factors import krad, kron
 from kradagrad_jax.factors.exponents import exponents, shared_out, with_factor
-from kradagrad_jax.factors.kron import (
-    Factored,
-    apply_dense,
-    init_kron,
-    on_modes,
-    per_mode,
-    roots_of,
-)
 from kradagrad_jax.factors.method import BlockMethod, Step
 from kradagrad_jax.factors.numbers import is_number
 from kradagrad_jax.factors.roots import Root, make_root
-from kradagrad_jax.linalg import left_power, mode_gram, unfold, when
+from kradagrad_jax.linalg import left_power, mode_gram, multiply_modes, unfold, when
 
 
 class KradOptions(NamedTuple):
@@ -37,19 +29,14 @@ class KradOptions(NamedTuple):
 
 
 class KradFactor(NamedTuple):
-    """Factors of one block of shape ``(n_1, ..., n_k)``; None for a mode without factor.
+    """Factors of one block of shape ``(n_1, ..., n_k)``; None for a mode without factor."""
 
-    Attributes:
-      statistics: per mode ``(n_i, n_i)``: L, or S / K with ``L = S S^T`` in the factored and exact
-        forms.
-      preconditioners: per mode ``(n_i, n_i)``: what multiplies the gradient.
-      starts: per mode l with ``L_0 = l I``, scalars; None where nothing refers to it later.
-      pending: per mode the Gram matrices since the last refresh (delayed form); else None.
-    """
-
+    # per mode ``(n_i, n_i)``: L, or S / K with ``L = S S^T`` in the factored and exact forms
     statistics: tuple[Any, ...]
-    preconditioners: tuple[Any, ...]
+    preconditioners: tuple[Any, ...]  # per mode ``(n_i, n_i)``: what multiplies the gradient
+    # per mode l with ``L_0 = l I``, scalars; None where nothing refers to it later
     starts: tuple[Any, ...] | None = None
+    # per mode the Gram matrices since the last refresh (delayed form); else None
     pending: tuple[Any, ...] | None = None
 
 
@@ -60,17 +47,17 @@ def star_method(o: KradOptions) -> BlockMethod:
     """
     how, delayed = _root_of(o), o.form == "delayed"
 
-    def init(shape: tuple[int, ...], dtype: Any, factored: Factored = None) -> KradFactor:
+    def init(shape: tuple[int, ...], dtype: Any, factored: kron.Factored = None) -> KradFactor:
         factor = _init(o, how, shape, dtype, factored)
         if not delayed:
             return factor
-        return factor._replace(pending=per_mode(lambda i, x: 0 * x, factor.statistics))
+        return factor._replace(pending=kron.per_mode(lambda i, x: 0 * x, factor.statistics))
 
     def accumulate(factor: KradFactor, g: jax.Array, step: Step) -> KradFactor:
         if delayed:
             b = jnp.asarray(o.beta2, g.dtype)
             assert factor.pending is not None
-            sums = per_mode(lambda i, a: b * a + mode_gram(g, i), factor.pending)
+            sums = kron.per_mode(lambda i, a: b * a + mode_gram(g, i), factor.pending)
             return factor._replace(pending=sums)
         first = step.statistics == 1
         return _updated(o, factor, [unfold(g, i) for i in range(g.ndim)], first)
@@ -79,10 +66,10 @@ def star_method(o: KradOptions) -> BlockMethod:
         first = step.refreshes == 0
         if delayed:
             factor = _updated(o, factor, factor.pending, first)
-            factor = factor._replace(pending=per_mode(lambda i, x: 0 * x, factor.statistics))
+            factor = factor._replace(pending=kron.per_mode(lambda i, x: 0 * x, factor.statistics))
         e = shared_out(factor.statistics, o.exponent)
         return factor._replace(
-            preconditioners=roots_of(
+            preconditioners=kron.roots_of(
                 lambda e, x, p: how.compute(x, p, e, first),
                 e,
                 factor.statistics,
@@ -94,7 +81,7 @@ def star_method(o: KradOptions) -> BlockMethod:
         init=init,
         accumulate=accumulate,
         refresh=refresh,
-        precondition=lambda factor, g, step: how.apply(factor.preconditioners, g),
+        precondition=lambda factor, g, step: how.apply(g, factor.preconditioners),
         name=f"kradagrad_star({o.form}, {o.root})",
         partial=True,
     )
@@ -122,7 +109,7 @@ def alternating_method(o: KradOptions) -> BlockMethod:
             old = _of_mode(factor, i)
 
             def update(old: tuple[Any, Any]) -> tuple[Any, Any]:
-                u = unfold(how.apply(factor.preconditioners, g, skip=(i,)), i)
+                u = unfold(how.apply(g, factor.preconditioners, skip=(i,)), i)
                 return _update_one(o, *old, u, step.statistics == place + 1)
 
             return when(mode == place, update, old)
@@ -151,7 +138,7 @@ def alternating_method(o: KradOptions) -> BlockMethod:
         init=lambda shape, dtype, factored=None: _init(o, how, shape, dtype, factored),
         accumulate=accumulate,
         refresh=refresh,
-        precondition=lambda factor, g, step: how.apply(factor.preconditioners, g),
+        precondition=lambda factor, g, step: how.apply(g, factor.preconditioners),
         name=f"kradagrad({o.form}, {o.root})",
         partial=True,
     )
@@ -160,11 +147,11 @@ def alternating_method(o: KradOptions) -> BlockMethod:
 def _each(statistics: Sequence[Any], function: Any) -> tuple[Any, ...]:
     """``function(place among the modes with a factor, mode)``; None for the others."""
     places = iter(range(len(statistics)))
-    return per_mode(lambda i, _: function(next(places), i), statistics)
+    return kron.per_mode(lambda i, _: function(next(places), i), statistics)
 
 
 def _init(
-    o: KradOptions, how: Root, shape: tuple[int, ...], dtype: Any, factored: Factored
+    o: KradOptions, how: Root, shape: tuple[int, ...], dtype: Any, factored: kron.Factored
 ) -> KradFactor:
     scale = jnp.asarray(o.initial, dtype)
     kept = with_factor(shape, factored, o.exponent)
@@ -173,9 +160,8 @@ def _init(
         is_number(o.beta2, 1) and is_number(o.damping, 0)
     )
     return KradFactor(
-        init_kron(shape, start, dtype, kept).statistics,
-        on_modes(lambda n: how.init(n, dtype), shape, kept),
-        on_modes(lambda n: scale, shape, kept) if remembered else None,
+        *kron.init_kron(shape, start, dtype, kept, how.init),
+        kron.on_modes(lambda n: scale, shape, kept) if remembered else None,
     )
 
 
@@ -186,15 +172,15 @@ def _of_mode(factor: KradFactor, mode: int) -> tuple[Any, Any]:
 
 def _with_modes(factor: KradFactor, pairs: tuple[Any, ...]) -> KradFactor:
     """The factor with these statistics and starts."""
-    starts = None if factor.starts is None else per_mode(lambda i, pair: pair[1], pairs)
-    return factor._replace(statistics=per_mode(lambda i, pair: pair[0], pairs), starts=starts)
+    starts = None if factor.starts is None else kron.per_mode(lambda i, pair: pair[1], pairs)
+    return factor._replace(statistics=kron.per_mode(lambda i, pair: pair[0], pairs), starts=starts)
 
 
 def _updated(o: KradOptions, factor: KradFactor, parts: Any, first: jax.Array) -> KradFactor:
     """All modes with their unfolded gradients (delayed: Gram matrices) in."""
     return _with_modes(
         factor,
-        per_mode(
+        kron.per_mode(
             lambda i, x: _update_one(o, *_of_mode(factor, i), parts[i], first), factor.statistics
         ),
     )
@@ -242,9 +228,5 @@ def _root_of(o: KradOptions) -> Root:
                 f"form={o.form!r} takes its root from a singular value decomposition; "
                 f"leave root='eigh', got {o.root!r}"
             )
-        return Root(
-            lambda n, dtype: jnp.eye(n, dtype=dtype),
-            lambda x, p, e, exact: left_power(x, e),
-            apply_dense,
-        )
+        return Root(kron.eye, lambda x, p, e, exact: left_power(x, e), multiply_modes)
     return make_root(o.root, o.root_damping, "absolute")

@@ -63,22 +63,22 @@ def on_modes(
     return tuple(function(n) if has else None for n, has in zip(shape, kept, strict=True))
 
 
+def eye(n: int, dtype: Any) -> jax.Array:
+    """The identity, as a preconditioner that changes nothing."""
+    return jnp.eye(n, dtype=dtype)
+
+
 def init_kron(
-    shape: tuple[int, ...], scale: Any, dtype: Any, factored: Factored = None
+    shape: tuple[int, ...], scale: Any, dtype: Any, factored: Factored, one: Any = eye
 ) -> KronFactor:
-    """Statistics ``scale * I``, preconditioners ``I``; the scale may be traced."""
+    """Statistics ``scale * I`` (may be traced), preconditioners ``one(length, dtype)``."""
     scale = jnp.asarray(scale, dtype)
     return KronFactor(
         on_modes(lambda n: scale * jnp.eye(n, dtype=dtype), shape, factored),
-        on_modes(lambda n: jnp.eye(n, dtype=dtype), shape, factored),
+        on_modes(lambda n: one(n, dtype), shape, factored),
     )
 
 
-def apply_dense(preconditioners: Sequence[Any], g: jax.Array, skip: Sequence[int] = ()):
-    """``g`` multiplied in every mode by its (symmetric) preconditioner."""
-    return multiply_modes(g, preconditioners, skip)
-
-
-def apply_square_root(roots: Sequence[Any], g: jax.Array, skip: Sequence[int] = ()) -> jax.Array:
-    """The same where the preconditioner is kept as ``K`` with ``P = K K^T``."""
-    return multiply_modes(multiply_modes(g, roots, skip, transposed=True), roots, skip)
+def apply_square_root(g: jax.Array, roots: Sequence[Any]) -> jax.Array:
+    """``g`` times ``P = K K^T`` in every mode, from K."""
+    return multiply_modes(multiply_modes(g, roots, transposed=True), roots)

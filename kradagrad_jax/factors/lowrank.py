@@ -11,33 +11,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kradagrad_jax import linalg
 from kradagrad_jax.factors.lowrank_options import LowRankOptions, Online
 from kradagrad_jax.factors.method import BlockMethod, Grams, Rows, Step
-from kradagrad_jax.factors.numbers import at_step, corrected_share
-from kradagrad_jax.linalg import (
-    LowRank,
-    brand_update,
-    correct,
-    low_rank_solve,
-    matmul,
-    randomized_svd,
-    symmetric_sketch,
-    when,
-)
+from kradagrad_jax.factors.numbers import at_step, share_of_newest
 
 
 class Side(NamedTuple):
-    """State of one factor of size d.
+    """State of one factor of size d."""
 
-    Attributes:
-      m: (d, d) average of the statistics; None where the pairs are tracked without it.
-      pairs: stored eigenpairs, (R,) and (d, R); unused ones are zero.
-      valid: number of pairs in use, int32.
-    """
-
+    # (d, d) average of the statistics; None where the pairs are tracked without it
     m: jax.Array | None
-    pairs: LowRank
-    valid: jax.Array
+    pairs: linalg.LowRank  # stored eigenpairs, (R,) and (d, R); unused ones are zero
+    valid: jax.Array  # number of pairs in use, int32
 
 
 class LowRankFactor(NamedTuple):
@@ -105,7 +91,7 @@ def solve_side(o: LowRankOptions, side: Side, x: jax.Array, step: Step) -> jax.A
     if o.start == "counted":  # what is missing of an average that started at the identity
         number = folded(o, len(side.pairs.u), step).astype(dtype)
         damping = damping + jnp.asarray(o.ema, dtype) ** number
-    return low_rank_solve(side.pairs, x, jnp.where(damping > 0, damping, 1), floor)
+    return linalg.low_rank_solve(side.pairs, x, jnp.where(damping > 0, damping, 1), floor)
 
 
 def folded(o: LowRankOptions, d: int, step: Step) -> jax.Array:
@@ -121,18 +107,9 @@ def _init_side(o: LowRankOptions, d: int, dtype: Any) -> Side:
     start = 1.0 if o.start == "identity" and not tracked else 0.0
     return Side(
         start * jnp.eye(d, dtype=dtype) if dense else None,
-        LowRank(jnp.zeros(size, dtype), jnp.eye(d, size, dtype=dtype)),
+        linalg.LowRank(jnp.zeros(size, dtype), jnp.eye(d, size, dtype=dtype)),
         jnp.asarray(size, jnp.int32),
     )
-
-
-def _weights(o: LowRankOptions, count: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Weights of the old average and of the new statistic, the ``count``-th."""
-    ema = jnp.asarray(o.ema, dtype)
-    if o.start != "corrected":
-        return ema, 1 - ema
-    new = corrected_share(ema, count, dtype)
-    return 1 - new, new
 
 
 def _observe(
@@ -141,8 +118,8 @@ def _observe(
     """Folds a statistic in: rows (n, d), or a Gram matrix (d, d)."""
     m = side.m
     if m is not None:
-        old, new = _weights(o, step.statistics, m.dtype)
-        m = old * m + new * (matmul(x.T, x) if rows else x)
+        new = share_of_newest(o.start, o.ema, step.statistics, m.dtype)
+        m = (1 - new) * m + new * (linalg.matmul(x.T, x) if rows else x)
     if o.online is None or not is_tracked(o, side.pairs.u.shape[0]):
         return side._replace(m=m)
     if not rows or x.shape[0] != o.columns:
@@ -154,7 +131,7 @@ def _observe(
     online = o.online
     known = m if online.correct_with_batch else side.m
     # also where a refresh will overwrite the pairs: the dense average holds the statistic as well
-    pairs, valid = when(
+    pairs, valid = linalg.when(
         (step.statistics - 1) % online.every == 0,
         lambda old: _follow(o, online, Side(m, *old), known, x, step, place),
         (side.pairs, side.valid),
@@ -170,22 +147,22 @@ def _follow(
     rows: jax.Array,
     step: Step,
     place: tuple[int, Any],
-) -> tuple[LowRank, jax.Array]:
+) -> tuple[linalg.LowRank, jax.Array]:
     """The online update of a tracked side, and the light correction where it is due."""
-    old, new = _weights(o, folded(o, len(side.pairs.u), step), rows.dtype)
+    new = share_of_newest(o.start, o.ema, folded(o, len(side.pairs.u), step), rows.dtype)
     most = o.sketch.rank
     rank = _active_rank(o, step, most)
-    kept = _first(LowRank(side.pairs.w[:most], side.pairs.u[:, :most]), rank)
-    pairs = brand_update(LowRank(old * kept.w, kept.u), jnp.sqrt(new) * rows.T)
+    kept = _first(linalg.LowRank(side.pairs.w[:most], side.pairs.u[:, :most]), rank)
+    pairs = linalg.brand_update(linalg.LowRank((1 - new) * kept.w, kept.u), jnp.sqrt(new) * rows.T)
     valid = rank + o.columns
     pairs = _first(pairs, valid)
     if online.truncate == "after":
-        pairs, valid = _first(LowRank(pairs.w[:most], pairs.u[:, :most]), rank), rank
+        pairs, valid = _first(linalg.LowRank(pairs.w[:most], pairs.u[:, :most]), rank), rank
     if o.correct and m is not None:
         updates = (step.statistics - 1) // online.every
-        pairs = when(
+        pairs = linalg.when(
             (updates > 0) & (updates % online.correct_every == 0),
-            lambda pairs: correct(pairs, m, _pick(o, online, pairs, step, place)),
+            lambda pairs: linalg.correct(pairs, m, _pick(o, online, pairs, step, place)),
             pairs,
         )
     return pairs, jnp.asarray(valid, jnp.int32)
@@ -199,34 +176,30 @@ def _decompose(o: LowRankOptions, side: Side, step: Step, place: tuple[int, Any]
     m, how = side.m, o.sketch
     rank, width = min(how.rank, d), min(how.rank + how.oversampling, d)
 
-    def decompose(_: Any) -> tuple[LowRank, jax.Array]:
+    def decompose(_: Any) -> tuple[linalg.LowRank, jax.Array]:
         omega = _test_matrix(o, (d, width), m.dtype, step, place)
         active, used = _active_rank(o, step, rank), None
         if how.rank_schedule is not None or how.oversampling_schedule is not None:
             extra = how.oversampling_schedule or (lambda count: how.oversampling)
             used = jnp.minimum(active + extra(step.count - 1), width)
         if o.decomposition == "sre":
-            pairs = symmetric_sketch(m, omega, rank, how.power, used, how.orthonormalize)
+            pairs = linalg.symmetric_sketch(m, omega, rank, how.power, used, how.orthonormalize)
         else:
-            pairs = randomized_svd(m, omega, rank, how.power, used)
+            pairs = linalg.randomized_svd(m, omega, rank, how.power, used)
         pairs = _first(pairs, active)
         pad = stored - rank
-        padded = LowRank(jnp.pad(pairs.w, (0, pad)), jnp.pad(pairs.u, ((0, 0), (0, pad))))
+        padded = linalg.LowRank(jnp.pad(pairs.w, (0, pad)), jnp.pad(pairs.u, ((0, 0), (0, pad))))
         return padded, jnp.asarray(active, jnp.int32)
 
     old = (side.pairs, side.valid)
-    if is_tracked(o, d):
-        pairs, valid = when(_overwrites(o, step), decompose, old)
-    else:
+    if o.online is None or not is_tracked(o, d):
         pairs, valid = decompose(old)
+    elif not o.overwrite:
+        return side
+    else:
+        due = (step.refreshes > 0) & (step.refreshes % o.online.overwrite_every == 0)
+        pairs, valid = linalg.when(due, decompose, old)
     return side._replace(pairs=pairs, valid=valid)
-
-
-def _overwrites(o: LowRankOptions, step: Step) -> jax.Array:
-    """Whether this refresh replaces the pairs of tracked sides by a decomposition."""
-    if o.online is None or not o.overwrite:
-        return jnp.asarray(False)
-    return (step.refreshes > 0) & (step.refreshes % o.online.overwrite_every == 0)
 
 
 def _active_rank(o: LowRankOptions, step: Step, rank: int) -> Any:
@@ -236,12 +209,12 @@ def _active_rank(o: LowRankOptions, step: Step, rank: int) -> Any:
     return jnp.clip(jnp.asarray(schedule(step.count - 1)).astype(jnp.int32), 1, rank)
 
 
-def _first(pairs: LowRank, number: Any) -> LowRank:
+def _first(pairs: linalg.LowRank, number: Any) -> linalg.LowRank:
     """The first pairs, the others set to zero."""
     if isinstance(number, int) and number >= pairs.w.shape[0]:
         return pairs
     keep = jnp.arange(pairs.w.shape[0]) < number
-    return LowRank(jnp.where(keep, pairs.w, 0), jnp.where(keep[None, :], pairs.u, 0))
+    return linalg.LowRank(jnp.where(keep, pairs.w, 0), jnp.where(keep[None, :], pairs.u, 0))
 
 
 def _key(o: LowRankOptions, step: Step, place: tuple[int, Any], purpose: int) -> jax.Array:
@@ -260,7 +233,7 @@ def _test_matrix(
 
 
 def _pick(
-    o: LowRankOptions, online: Online, pairs: LowRank, step: Step, place: tuple[int, Any]
+    o: LowRankOptions, online: Online, pairs: linalg.LowRank, step: Step, place: tuple[int, Any]
 ) -> jax.Array:
     """Positions of the pairs that are corrected."""
     if online.pick is not None:

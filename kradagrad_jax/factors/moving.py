@@ -18,24 +18,16 @@ from kradagrad_jax.linalg.structures import Stored, Structure
 
 
 class Moves(NamedTuple):
-    """How a set of roots is moved.
+    """How a set of roots is moved."""
 
-    Attributes:
-      lr_cov: length b of the step: a number or a schedule.
-      momentum: decay alpha of the Riemannian momentum; a plain 0: none, and no memory for it.
-      normalize: what b is divided by where it exceeds one: ``"none"``, ``"frobenius"`` norm or
-        ``"max_entry"`` of the momentum.
-      second_order: the second term of the exponential as well.
-      averaged: the momentum is an average (tangents weigh ``1 - alpha``), not a sum.
-      balanced: the roots have a free common scale, see above; False where each has its own
-        meaning.
-    """
-
-    lr_cov: Any
-    momentum: Any
+    lr_cov: Any  # length b of the step: a number or a schedule
+    momentum: Any  # decay alpha of the Riemannian momentum; a plain 0: none, and no memory for it
+    # what b is divided by where it exceeds one: ``"none"``, ``"frobenius"`` norm or ``"max_entry"``
+    # of the momentum
     normalize: str = "none"
-    second_order: bool = False
-    averaged: bool = False
+    second_order: bool = False  # the second term of the exponential as well
+    averaged: bool = False  # the momentum is an average (tangents weigh ``1 - alpha``), not a sum
+    # the roots have a free common scale, see above; False where each has its own meaning
     balanced: bool = True
 
 
@@ -56,15 +48,7 @@ def move_roots(
 ) -> tuple[tuple[Stored, ...], tuple[Stored, ...]]:
     """New roots ``K exp(-b m)`` to first or second order, and their momenta m.
 
-    ``m <- alpha m + tangent / 2``, or with ``(1 - alpha) / 2``.
-
-    Args:
-      how: numbers and choices.
-      structures: per root.
-      roots: None where a mode has none.
-      momenta: per root, None where there is none.
-      tangents: whitened curvature minus the identity, per root.
-      step: traced scalars of the step.
+    ``m <- alpha m + tangent / 2``, or with ``(1 - alpha) / 2``. Roots and momenta may be None.
     """
     alpha = jnp.asarray(how.momentum)
     share = 0.5 * (1 - alpha) if how.averaged else 0.5
@@ -84,6 +68,11 @@ def move_roots(
         new.append(_moved(s, root, m, b, how.second_order))
         kept.append(None if old is None else m)
     return (balanced(structures, new) if how.balanced else tuple(new)), tuple(kept)
+
+
+def tangent(s: Structure, h: Stored, lam: jax.Array, root: Stored) -> Stored:
+    """Whitened curvature h plus damping lam K^T K minus the identity, projected."""
+    return s.subtract_identity(jax.tree.map(jnp.add, h, scaled(lam, s.ktk(root))))
 
 
 def balanced(structures: Sequence[Structure], roots: Sequence[Stored]) -> tuple[Stored, ...]:

@@ -27,6 +27,18 @@ def averaged(beta: Any) -> str:
     return "sum" if is_number(beta, 1) else "average"
 
 
+def share_of_newest(averaging: str, beta: Any, number: jax.Array, dtype: Any) -> jax.Array:
+    """Share of the newest of ``number`` statistics in their average with decay ``beta``.
+
+    ``averaging``: ``"corrected"``: weighted mean; ``"capped"``: plain mean at first (arXiv
+    1503.05671 section 5); else ``1 - beta`` from the first on.
+    """
+    beta = jnp.asarray(beta, dtype)
+    if averaging == "corrected":
+        return corrected_share(beta, number, dtype)
+    return jnp.maximum(1 / number.astype(dtype), 1 - beta) if averaging == "capped" else 1 - beta
+
+
 def corrected_share(beta: Any, number: jax.Array, dtype: Any) -> jax.Array:
     """Share of the newest of ``number`` statistics in their weighted mean with decay ``beta``.
 

@@ -6,45 +6,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kradagrad_jax.factors.kron import apply_dense
-from kradagrad_jax.linalg import (
-    checked_positive_root,
-    eigh,
-    inverse_root,
-    multiply_modes,
-    powered_spectrum,
-    refine_eigenbasis,
-    symmetric_power,
-    when,
-)
+from kradagrad_jax import linalg
+from kradagrad_jax.factors.kron import eye
 
 
 class Root(NamedTuple):
-    """A way to turn statistics into preconditioners.
+    """A way to turn statistics into preconditioners."""
 
-    Attributes:
-      init: ``(n, dtype) -> preconditioner`` that changes nothing, of one mode.
-      compute: ``(statistic, old preconditioner, exponent, exact) -> preconditioner`` of one mode;
-        ``exact``: the old one says nothing of the statistic yet (bool, may be traced).
-      apply: ``(preconditioners, gradient, skip=()) -> gradient`` multiplied in all modes that have
-        one and are not to be skipped.
-    """
-
+    # ``(n, dtype) -> preconditioner`` that changes nothing, of one mode
     init: Callable[[int, Any], Any]
+    # ``(statistic, old preconditioner, exponent, exact) -> preconditioner`` of one mode; ``exact``:
+    # the old one says nothing of the statistic yet (bool, may be traced)
     compute: Callable[[jax.Array, Any, Any, Any], Any]
+    # ``(gradient, preconditioners, skip=()) -> gradient`` multiplied in all modes that have one and
+    # are not to be skipped
     apply: Callable[..., jax.Array]
 
 
 class Spectral(NamedTuple):
-    """A preconditioner by its eigenbasis, which outlives eigenvalues that are zero.
+    """A preconditioner by its eigenbasis, which outlives eigenvalues that are zero."""
 
-    Attributes:
-      basis: ``(n, n)``: orthonormal columns.
-      values: ``(n,)``: eigenvalues of the preconditioner, in no order.
-    """
-
-    basis: jax.Array
-    values: jax.Array
+    basis: jax.Array  # ``(n, n)``: orthonormal columns
+    values: jax.Array  # ``(n,)``: eigenvalues of the preconditioner, in no order
 
 
 def make_root(kind: str, damping: Any, rule: Any) -> Root:
@@ -58,13 +41,11 @@ def make_root(kind: str, damping: Any, rule: Any) -> Root:
       rule: how eigenvalues are made safe, see :func:`kradagrad_jax.linalg.symmetric_power`.
     """
 
-    def eye(n: int, dtype: Any) -> jax.Array:
-        return jnp.eye(n, dtype=dtype)
-
     if kind == "eigh":
-        return Root(eye, lambda s, p, e, exact: symmetric_power(s, e, damping, rule), apply_dense)
+        power = lambda s, p, e, exact: linalg.symmetric_power(s, e, damping, rule)  # noqa: E731
+        return Root(eye, power, linalg.multiply_modes)
     if kind == "newton":
-        return Root(eye, lambda s, p, e, exact: _newton(s, p, e, damping), apply_dense)
+        return Root(eye, lambda s, p, e, exact: _newton(s, p, e, damping), linalg.multiply_modes)
     if kind == "tracked":
         return Root(
             lambda n, dtype: Spectral(eye(n, dtype), jnp.ones(n, dtype)),
@@ -83,9 +64,9 @@ def _newton(s: jax.Array, old: jax.Array, exponent: Any, damping: Any) -> jax.Ar
     if abs(p * abs(exponent) - 1.0) > 1e-9:
         raise ValueError(f"root='newton' needs an exponent 1/p with an integer p, got {exponent}")
     if exponent < 0:
-        x, error = inverse_root(s, p, damping)
+        x, error = linalg.inverse_root(s, p, damping)
     else:
-        x, error = checked_positive_root(s, p, jnp.maximum(damping, 1e-6))
+        x, error = linalg.checked_positive_root(s, p, jnp.maximum(damping, 1e-6))
     return jnp.where(error < 0.1, x, old)  # not converged (or NaN): the previous root serves on
 
 
@@ -93,14 +74,16 @@ def _tracked(
     s: jax.Array, old: Spectral, exponent: Any, damping: Any, rule: Any, exact: Any
 ) -> Spectral:
     """Eigenvalues of the preconditioner, and an approximate eigenbasis of the statistic."""
-    refined = refine_eigenbasis(s, old.basis)
-    w, basis = when(jnp.asarray(exact), lambda _, s: tuple(eigh(s)), tuple(refined), s)
-    return Spectral(basis, powered_spectrum(w, exponent, damping, rule))
+    refined = linalg.refine_eigenbasis(s, old.basis)
+    w, basis = linalg.when(
+        jnp.asarray(exact), lambda _, s: tuple(linalg.eigh(s)), tuple(refined), s
+    )
+    return Spectral(basis, linalg.powered_spectrum(w, exponent, damping, rule))
 
 
 def _apply_spectral(
-    preconditioners: Sequence[Any], g: jax.Array, skip: Sequence[int] = ()
+    g: jax.Array, preconditioners: Sequence[Any], skip: Sequence[int] = ()
 ) -> jax.Array:
     bases, values = ([p and p[i] for p in preconditioners] for i in (0, 1))
-    g = multiply_modes(g, bases, skip, transposed=True)
-    return multiply_modes(multiply_modes(g, values, skip), bases, skip)
+    g = linalg.multiply_modes(g, bases, skip, transposed=True)
+    return linalg.multiply_modes(linalg.multiply_modes(g, values, skip), bases, skip)

@@ -10,25 +10,26 @@ are damped inverses one by one, are not.
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from kradagrad_jax.factors.method import BlockMethod, Grams, Rows, Step
-from kradagrad_jax.factors.moving import Moves, dtype_of, move_roots, scaled, starting_momenta
+from kradagrad_jax.factors.moving import (
+    Moves,
+    dtype_of,
+    move_roots,
+    scaled,
+    starting_momenta,
+    tangent,
+)
 from kradagrad_jax.factors.numbers import at_step
 from kradagrad_jax.linalg.structures import Dense, Stored, Structure
 
 
 class SingdFactor(NamedTuple):
-    """State of one layer; every entry is stored in the structure of its side.
+    """State of one layer; every entry is stored in the structure of its side."""
 
-    Attributes:
-      k: root of the inverse curvature of the inputs, size d_in (with the bias as last row).
-      c: root of the inverse curvature of the output gradients, size d_out.
-      m_k, m_c: Riemannian momenta; None (no memory) where there is no momentum.
-    """
-
-    k: Stored
-    c: Stored
+    k: Stored  # root of the inverse curvature of the inputs, size d_in (with the bias as last row)
+    c: Stored  # root of the inverse curvature of the output gradients, size d_out
+    # Riemannian momenta; None (no memory) where there is no momentum
     m_k: Stored
     m_c: Stored
 
@@ -53,13 +54,9 @@ def singd_method(o: SingdOptions) -> BlockMethod:
     other, the interval T is that of the statistics.
     """
     k_structure, c_structure = o.structures
+    averaged = o.normalize_lr_cov != "none"
     moves = Moves(
-        o.lr_cov,
-        o.riemannian_momentum,
-        o.normalize_lr_cov,
-        o.second_order,
-        averaged=o.normalize_lr_cov != "none",
-        balanced=o.adaptive,
+        o.lr_cov, o.riemannian_momentum, o.normalize_lr_cov, o.second_order, averaged, o.adaptive
     )
 
     def init(shape: tuple[int, ...], dtype: Any) -> SingdFactor:
@@ -71,17 +68,17 @@ def singd_method(o: SingdOptions) -> BlockMethod:
 
     def accumulate(factor: SingdFactor, statistic: Rows | Grams, step: Step) -> SingdFactor:
         rows, roots = isinstance(statistic, Rows), (factor.k, factor.c)
-        sides = [
-            _curvature(s, x, root, rows)
+        whitened = [
+            _whitened(s, x, root, rows)
             for s, x, root in zip(o.structures, statistic, roots, strict=True)
         ]
-        tangents = [
-            _tangent(o, s, *own, _trace_weights(o, s_other, other), step)
-            for s, s_other, own, other in (
-                (k_structure, c_structure, sides[0], sides[1]),
-                (c_structure, k_structure, sides[1], sides[0]),
-            )
-        ]
+        lam, tangents = at_step(o.damping, step), []
+        for i, (s, h, root) in enumerate(zip(o.structures, whitened, roots, strict=True)):
+            shift, other = lam, o.structures[1 - i]
+            if o.adaptive:  # curvature and damping weigh as the mean traces of the other side's
+                h = scaled(other.average(whitened[1 - i]), h)
+                shift = lam * other.average(other.ktk(roots[1 - i])).astype(lam.dtype)
+            tangents.append(tangent(s, h, shift, root))
         roots, momenta = move_roots(
             moves, o.structures, roots, (factor.m_k, factor.m_c), tangents, step
         )
@@ -98,24 +95,9 @@ def singd_method(o: SingdOptions) -> BlockMethod:
     return BlockMethod(init, accumulate, None, precondition, name=f"{kind}({names})")
 
 
-def _curvature(s: Structure, x: jax.Array, root: Stored, rows: bool) -> tuple[Stored, Stored]:
-    """P(K^T U K) and P(K^T K)."""
+def _whitened(s: Structure, x: jax.Array, root: Stored, rows: bool) -> Stored:
+    """P(K^T U K)."""
     x = x.astype(dtype_of(root))
     if rows:
-        return s.project_gram(s.apply_transposed(root, x.T)), s.ktk(root)
-    return s.project_congruence(root, x), s.ktk(root)
-
-
-def _trace_weights(o: SingdOptions, s: Structure, other: tuple[Stored, Stored]) -> Any:
-    """Weights of curvature and damping of one side: mean traces of the other side's."""
-    return (s.average(other[0]), s.average(other[1])) if o.adaptive else None
-
-
-def _tangent(
-    o: SingdOptions, s: Structure, h: Stored, q: Stored, weights: Any, step: Step
-) -> Stored:
-    """Whitened curvature plus damping minus the identity, projected."""
-    lam = at_step(o.damping, step)
-    if weights is not None:
-        h, lam = scaled(weights[0], h), lam * weights[1].astype(lam.dtype)
-    return s.subtract_identity(jax.tree.map(jnp.add, h, scaled(lam, q)))
+        return s.project_gram(s.apply_transposed(root, x.T))
+    return s.project_congruence(root, x)

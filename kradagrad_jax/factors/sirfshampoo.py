@@ -13,21 +13,18 @@ import jax.numpy as jnp
 
 from kradagrad_jax.factors.kron import Factored
 from kradagrad_jax.factors.method import BlockMethod, Step
-from kradagrad_jax.factors.moving import Moves, dtype_of, move_roots, scaled, starting_momenta
+from kradagrad_jax.factors.moving import Moves, dtype_of, move_roots, starting_momenta, tangent
 from kradagrad_jax.factors.numbers import at_step
 from kradagrad_jax.linalg import unfold
 from kradagrad_jax.linalg.structures import Stored, Structure
 
 
 class SirfFactor(NamedTuple):
-    """State of one tensor.
+    """State of one tensor."""
 
-    Attributes:
-      roots: K_n of every axis longer than one, in its structure; None for one without factor.
-      momenta: likewise m_n; None (no memory) where there is no Riemannian momentum.
-    """
-
+    # K_n of every axis longer than one, in its structure; None for one without factor
     roots: tuple[Stored, ...]
+    # likewise m_n; None (no memory) where there is no Riemannian momentum
     momenta: tuple[Stored, ...] | None
 
 
@@ -86,14 +83,10 @@ def sirf_method(o: SirfOptions) -> BlockMethod:
             1.0 if root is None else s.frobenius(root) ** 2 / d
             for s, root, d in zip(structures, roots, y.shape, strict=True)
         ]
-        tangents = [
-            None
-            if root is None
-            else _tangent(
-                s, root, y, n, at_step(o.damping, step) * math.prod(traces[:n] + traces[n + 1 :])
-            )
-            for n, (s, root) in enumerate(zip(structures, roots, strict=True))
-        ]
+        lam, tangents = at_step(o.damping, step), []
+        for n, (s, root) in enumerate(zip(structures, roots, strict=True)):
+            shift = lam * math.prod(traces[:n] + traces[n + 1 :])
+            tangents.append(None if root is None else _tangent(s, root, y, n, shift))
         momenta = factor.momenta or (None,) * len(roots)
         roots, momenta = move_roots(moves, structures, roots, momenta, tangents, step)
         return SirfFactor(roots, None if factor.momenta is None else momenta)
@@ -110,15 +103,13 @@ def sirf_method(o: SirfOptions) -> BlockMethod:
 
 
 def _tangent(s: Structure, root: Stored, y: jax.Array, n: int, lam: jax.Array) -> Stored:
-    """Whitened curvature plus damping minus the identity, projected.
+    """The tangent of axis n, of ``y`` that is whitened on all axes.
 
     The weight d_n / D of the curvature is applied to y: the product then has the size of a mean.
     """
     d, dtype = y.shape[n], dtype_of(root)
     rows = unfold(y, n).astype(dtype) * jnp.asarray(math.sqrt(d / y.size), dtype)
-    return s.subtract_identity(
-        jax.tree.map(jnp.add, s.project_gram(rows), scaled(lam, s.ktk(root)))
-    )
+    return tangent(s, s.project_gram(rows), lam, root)
 
 
 def _on_axes(

@@ -12,23 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kradagrad_jax import linalg
 from kradagrad_jax.factors.kron import Factored, per_mode
 from kradagrad_jax.factors.method import BlockMethod, Rows, Step
 from kradagrad_jax.factors.modes import Groups, Merge, axis_groups
 from kradagrad_jax.factors.numbers import at_step, corrected_share
-from kradagrad_jax.linalg import (
-    damped_inverse,
-    eigh,
-    inverse_root,
-    matmul,
-    mode_gram,
-    multiply_modes,
-    qr_r,
-    sr_update,
-    symmetrize,
-    triangular_inverse,
-    unfold,
-)
 
 Shape = tuple[int, ...]
 
@@ -38,19 +26,16 @@ class TntFactor(NamedTuple):
 
     Such a mode has ``U = c I``: no direction along it is told from another, and all else is as if
     it had a factor.
-
-    Attributes:
-      statistics: per mode Omega ``(d_i, d_i)``, averaged mode Gram of sampled gradients (the mean
-        over modes without factor); its diagonal ``(d_i,)`` for long modes; with square-root
-        statistics the upper triangular R with ``R^T R`` = Omega.
-      preconditioners: per mode the damped inverse of U; with square-root statistics K with
-        ``K K^T`` = inverse; for joint damping the eigenvectors of U. Vectors for diagonals.
-      spectra: per mode the eigenvalues of U, for joint damping; else None.
     """
 
+    # per mode Omega ``(d_i, d_i)``, averaged mode Gram of sampled gradients (the mean over modes
+    # without factor); its diagonal ``(d_i,)`` for long modes; with square-root statistics the upper
+    # triangular R with ``R^T R`` = Omega
     statistics: tuple[Any, ...]
+    # per mode the damped inverse of U; with square-root statistics K with ``K K^T`` = inverse; for
+    # joint damping the eigenvectors of U. Vectors for diagonals
     preconditioners: tuple[Any, ...]
-    spectra: tuple[Any, ...] | None
+    spectra: tuple[Any, ...] | None  # per mode the eigenvalues of U, for joint damping; else None
 
 
 class TntOptions(NamedTuple):
@@ -160,8 +145,8 @@ def _fold(
         others = tuple(axis for axis in range(x.ndim) if axis != mode)
         return old * omega + new * jnp.sum(x * x, axis=others)
     if form == "square_root":
-        return sr_update(omega, unfold(x, mode), old, new)
-    return symmetrize(old * omega + new * mode_gram(x, mode))
+        return linalg.sr_update(omega, linalg.unfold(x, mode), old, new)
+    return linalg.symmetrize(old * omega + new * linalg.mode_gram(x, mode))
 
 
 def _trace(factor: TntFactor, form: str) -> jax.Array:
@@ -219,7 +204,7 @@ def _spectrum(u: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues and eigenvectors; of a diagonal the vectors are ones (the identity)."""
     if u.ndim == 1:
         return u, jnp.ones_like(u)
-    w, v = eigh(u)
+    w, v = linalg.eigh(u)
     return jnp.maximum(w, 0), v
 
 
@@ -232,16 +217,16 @@ def _inverse(o: TntOptions, omega: jax.Array, scale: jax.Array, shift: jax.Array
     eye = jnp.eye(len(omega), dtype=omega.dtype)
     if root:  # U + eps I = R'^T R' by QR, K = R'^-1: no Gram matrix is formed
         rows = jnp.concatenate([jnp.sqrt(scale) * omega, jnp.sqrt(shift) * eye])
-        return triangular_inverse(qr_r(rows))
+        return linalg.triangular_inverse(linalg.qr_r(rows))
     u = scale * omega
     if o.inverse == "eigh":
-        w, v = eigh(u)
-        return symmetrize(matmul(v / (jnp.maximum(w, 0) + shift)[None, :], v.T))
+        w, v = linalg.eigh(u)
+        return linalg.symmetrize(linalg.matmul(v / (jnp.maximum(w, 0) + shift)[None, :], v.T))
     if o.inverse == "cholesky":
-        return damped_inverse(u, shift)
+        return linalg.damped_inverse(u, shift)
     damped = u + shift * eye
     if o.inverse == "newton":
-        x, error = inverse_root(damped, 1, 0.0)
+        x, error = linalg.inverse_root(damped, 1, 0.0)
         return jnp.where(error < 0.1, x, jnp.nan)  # not converged: the engine keeps the old one
     assert callable(o.inverse)
     return o.inverse(damped)
@@ -252,12 +237,14 @@ def _applied(o: TntOptions, factor: TntFactor, g: jax.Array, step: Step) -> jax.
     p = factor.preconditioners
     if o.damping_rule == "joint":
         assert factor.spectra is not None
-        x = multiply_modes(g, p, transposed=True)
-        x = multiply_modes(x / (_outer(factor.spectra) + at_step(o.damping, step, g.dtype)), p)
+        x = linalg.multiply_modes(g, p, transposed=True)
+        x = linalg.multiply_modes(
+            x / (_outer(factor.spectra) + at_step(o.damping, step, g.dtype)), p
+        )
         return jnp.where(step.refreshes > 0, x, g)
     if o.statistics == "square_root":
-        g = multiply_modes(g, p, transposed=True)
-    return multiply_modes(g, p)
+        g = linalg.multiply_modes(g, p, transposed=True)
+    return linalg.multiply_modes(g, p)
 
 
 def _outer(vectors: tuple[Any, ...]) -> jax.Array:

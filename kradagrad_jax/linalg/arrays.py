@@ -2,7 +2,8 @@
 
 Classical square-root information filtering (Potter; Bierman; Kailath's array algorithms) applied
 to Kronecker statistics: `r^T r` is the statistic, and cond(r) is only the square root of its
-condition number, so float32 keeps what Gram matrices need float64 for.
+condition number, so float32 keeps what Gram matrices need float64 for. Arrays of other shapes and
+dtypes than stated are refused as by `lapack` (ValueError, TypeError).
 """
 
 import jax
@@ -27,9 +28,6 @@ def sr_update(
     Returns:
       (n, n) upper triangular, of arbitrary row signs. Entries of any size that the dtype holds
       are fine: nothing is squared.
-
-    Raises:
-      TypeError, ValueError: as `lapack.qr_r`.
     """
     if weight is None and decay is not None:
         weight = 1.0 - jnp.asarray(decay).astype(r.dtype)
@@ -48,9 +46,6 @@ def inverse_update(k: jax.Array, u: jax.Array) -> jax.Array:
 
     Returns:
       (n, n); upper triangular if `k` is.
-
-    Raises:
-      TypeError, ValueError: as `lapack.qr_r`.
     """
     eye = jnp.eye(k.shape[0], dtype=k.dtype)
     factor = _stacked_factor(eye, matmul(u.T, k))

@@ -2,7 +2,8 @@
 
 Derivatives are those of the matrix function itself (divided differences of the scalar function,
 Daleckii and Krein), so they are right at equal eigenvalues, where the derivative of the
-eigenvectors does not exist.
+eigenvectors does not exist. Arrays of other shapes and dtypes than stated are refused as by
+`lapack` (ValueError, TypeError).
 """
 
 from functools import partial
@@ -91,9 +92,6 @@ def svd_power(
 
     Returns:
       (n, n), exactly symmetric, of the dtype of `r`.
-
-    Raises:
-      TypeError, ValueError: as `lapack.svd`.
     """
     exponent, floor, damping = (_scalar(x, r.dtype) for x in (exponent, floor, damping))
     return _svd_power(r, exponent, floor, damping, relative)
@@ -116,9 +114,6 @@ def svd_root(
 
     Returns:
       (n, n) of the dtype of `r`.
-
-    Raises:
-      TypeError, ValueError: as `lapack.svd`.
     """
     exponent, floor, damping = (_scalar(x, r.dtype) for x in (exponent, floor, damping))
     # of r^T, not of r: LAPACK's divide and conquer loses small singular values of graded rows
@@ -136,9 +131,6 @@ def cholesky_inverse(a: jax.Array) -> jax.Array:
 
     Returns:
       (n, n), exactly symmetric, of the dtype of `a`; NaN if `a` is not definite.
-
-    Raises:
-      TypeError, ValueError: as `lapack.cholesky`.
     """
     half = triangular_inverse(cholesky(a), lower=True)
     return symmetrize(matmul(half.T, half))
@@ -157,9 +149,6 @@ def damped_inverse(a: jax.Array, shift: ArrayLike) -> jax.Array:
 
     Returns:
       (n, n), exactly symmetric, of the dtype of `a`.
-
-    Raises:
-      TypeError, ValueError: as `lapack.cholesky`.
     """
     n = a.shape[0]
     mean = jnp.trace(a) / n

@@ -19,15 +19,10 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Span(NamedTuple):
-    """The matrix ``sum_i values_i u_i u_i^T``.
+    """The matrix ``sum_i values_i u_i u_i^T``."""
 
-    Attributes:
-      basis: (tau, *shape), orthonormal or zero rows.
-      values: (tau,), nonnegative, descending; zero where the row is.
-    """
-
-    basis: jax.Array
-    values: jax.Array
+    basis: jax.Array  # (tau, *shape), orthonormal or zero rows
+    values: jax.Array  # (tau,), nonnegative, descending; zero where the row is
 
 
 def inner(x: jax.Array, y: jax.Array) -> jax.Array:

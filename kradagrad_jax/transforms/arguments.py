@@ -62,25 +62,15 @@ Public = Callable[..., optax.GradientTransformationExtraArgs]
 
 
 class Declaration(NamedTuple):
-    """What is known of the arguments of a transformation.
+    """What is known of the arguments of a transformation."""
 
-    Attributes:
-      presets: values by name of the preset.
-      entries: documentation of every argument, in order.
-      checks: what values must be, see :func:`check`.
-      off: arguments for which :data:`OFF` stands for None.
-      positional: whether ``spec`` comes first and may be given by position.
-      sections: of the docstring, without ``Args``.
-      example: for ``Examples``.
-    """
-
-    presets: dict[str, dict[str, Any]]
-    entries: dict[str, str]
-    checks: dict[str, Check]
-    off: tuple[str, ...]
-    positional: bool
-    sections: dict[str, str]
-    example: Example
+    presets: dict[str, dict[str, Any]]  # values by name of the preset
+    entries: dict[str, str]  # documentation of every argument, in order
+    checks: dict[str, Check]  # what values must be, see :func:`check`
+    off: tuple[str, ...]  # arguments for which :data:`OFF` stands for None
+    positional: bool  # whether ``spec`` comes first and may be given by position
+    sections: dict[str, str]  # of the docstring, without ``Args``
+    example: Example  # for ``Examples``
 
     def signature(self) -> inspect.Signature:
         """All arguments; None stands for the value of the preset."""

@@ -33,8 +33,10 @@ def norm_constraint(kappa: Any, learning_rate: Any) -> Clip:
     return clip
 
 
-def rms_clip(limit: Any) -> Clip:
-    """Shortens every layer's update to a root mean square of at most ``limit``."""
+def rms_clip(limit: Any) -> Clip | None:
+    """Shortens every layer's update to a root mean square of at most ``limit``; None: no bound."""
+    if limit is None:
+        return None
 
     def one(u: jax.Array) -> jax.Array:
         rms = jnp.sqrt(jnp.mean(u * u, axis=(1, 2), keepdims=True))

@@ -86,12 +86,12 @@ def diagonal_fallback(graft: Graft, fallback: Any) -> Any:
 
 _ENGINE = (
     "layout", "timing", "sharding", "refresh_every", "statistics_every", "refresh", "graft",
-    "fallback", "beta1", "average", "factor_dtype", "mu_dtype",
+    "fallback", "beta1", "average", "factor_dtype", "mu_dtype", "approx", "joint_bias",
 )  # fmt: skip
 
 
 def engine_arguments(chosen: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of :func:`scale_by_blocks` among the chosen ones, in its form."""
+    """The engine's arguments (of blocks or of layers) among the chosen ones, in its form."""
     own = {name: chosen[name] for name in _ENGINE if name in chosen}
     if "graft" in own:
         own["graft"] = as_graft(own["graft"])

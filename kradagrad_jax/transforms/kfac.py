@@ -103,7 +103,6 @@ def scale_by_kfac(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
     options, kappa, learning_rate = _options(c), c["norm_constraint"], c["learning_rate"]
     if kappa is not None and learning_rate is None:
         raise ValueError("norm_constraint needs learning_rate: the bound is on lr^2 <u, gradient>")
-    length = None if c["rms_clip"] is None else clipping.rms_clip(c["rms_clip"])
     bound = None if kappa is None else clipping.norm_constraint(kappa, learning_rate)
     methods = {
         _FORMS[diagonal]: kfac_method(options._replace(diagonal=diagonal)) for diagonal in _FORMS
@@ -114,9 +113,7 @@ def scale_by_kfac(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
         c["spec"],
         assign=lambda layer: _form_of(layer, form, c["max_dim"], c["joint_bias"]),
         form=form,
-        approx=c["approx"],
-        joint_bias=c["joint_bias"],
-        clip=clipping.both(length, bound),
+        clip=clipping.both(clipping.rms_clip(c["rms_clip"]), bound),
         **engine_arguments(c),
     )
 

@@ -72,9 +72,7 @@ def _build(
         spec,
         assign=lambda layer: _assign(layer, tracked),
         form="rows" if tracked else "grams",
-        approx=c["approx"],
-        joint_bias=c["joint_bias"],
-        clip=None if c["rms_clip"] is None else clipping.rms_clip(c["rms_clip"]),
+        clip=clipping.rms_clip(c["rms_clip"]),
         **engine_arguments(c),
     )
 

@@ -8,17 +8,11 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Python numbers that an argument may be; schedules and arrays are not looked into.
+    """Python numbers that an argument may be; schedules and arrays are not looked into."""
 
-    Attributes:
-      text: the rest of "must be ..".
-      holds: whether a number is one of them.
-      static: arrays and functions are refused as well.
-    """
-
-    text: str
-    holds: Callable[[Any], bool]
-    static: bool = False
+    text: str  # the rest of "must be .."
+    holds: Callable[[Any], bool]  # whether a number is one of them
+    static: bool = False  # arrays and functions are refused as well
 
 
 Check = Range | tuple[str, ...]

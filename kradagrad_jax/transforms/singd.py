@@ -199,8 +199,6 @@ def _build(c: dict[str, Any], adaptive: bool) -> optax.GradientTransformationExt
         spec,
         assign=lambda layer: groups.get(layer.path),
         form=c["statistics"],
-        approx=c["approx"],
-        joint_bias=c["joint_bias"],
         channels_first=first,
         # folding a statistic in is the refresh; factors have dtypes of their own
         **engine_arguments(c | {"statistics_every": c["refresh_every"], "factor_dtype": None}),

@@ -57,12 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@transformation(
-    PRESETS,
-    without="statistics_every mu_dtype",
-    off="max_dim",
-    example=examples.MEANS,
-)
+@transformation(PRESETS, without="statistics_every mu_dtype", off="max_dim", example=examples.MEANS)
 def scale_by_sirfshampoo(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
     r"""SIRFShampoo (arXiv 2402.03496): Shampoo without root and inverse, structured factors.
 
@@ -151,17 +146,8 @@ def _method(c: dict[str, Any], per_axis: PerAxis) -> Any:
         chosen = per_axis_of(c["factor_dtype"], order, "factor_dtype")
         return tuple(None if d is None else jnp.dtype(d) for d in chosen)
 
-    return sirf_method(
-        SirfOptions(
-            structures,
-            dtypes,
-            flatten,
-            c["damping"],
-            c["lr_cov"],
-            c["riemannian_momentum"],
-            meaning,
-        )
-    )
+    numbers = c["damping"], c["lr_cov"], c["riemannian_momentum"]
+    return sirf_method(SirfOptions(structures, dtypes, flatten, *numbers, meaning))
 
 
 def per_axis_of(value: Any, order: int, what: str) -> tuple[Any, ...]:

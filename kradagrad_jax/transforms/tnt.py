@@ -164,12 +164,12 @@ def tnt_options(c: dict[str, Any]) -> TntOptions:
     options = {name: c[name] for name in TntOptions._fields if name in c}
     if c["spec"] is not None:
         options["grouping"] = "none"
-    return TntOptions(**options, max_gain=None if rate is None else _gain(c["max_rate"], rate))
+    return TntOptions(**options, max_gain=_gain(c["max_rate"], rate))
 
 
 def _gain(max_rate: Any, learning_rate: Any) -> Any:
     """Largest allowed ratio of direction and momentum, as a function of the count; or None."""
-    if max_rate is None:
+    if max_rate is None or learning_rate is None:
         return None
 
     def gain(count: jax.Array) -> jax.Array:

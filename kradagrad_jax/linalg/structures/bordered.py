@@ -11,21 +11,13 @@ from kradagrad_jax.linalg.structures.base import Structure, wide
 
 
 class HierarchicalParts(NamedTuple):
-    """Numbers of ``[[A, B2, B3], [0, diag(c), 0], [0, D, E]]``; None where a part is empty.
+    """Numbers of ``[[A, B2, B3], [0, diag(c), 0], [0, D, E]]``; None where a part is empty."""
 
-    Attributes:
-      a: (k1, k1).
-      b: (k1, d - k1), the columns of B2 and B3.
-      c: (d - k1 - k2,).
-      d: (k2, d - k1 - k2).
-      e: (k2, k2).
-    """
-
-    a: jax.Array | None
-    b: jax.Array | None
-    c: jax.Array | None
-    d: jax.Array | None
-    e: jax.Array | None
+    a: jax.Array | None  # (k1, k1)
+    b: jax.Array | None  # (k1, d - k1), the columns of B2 and B3
+    c: jax.Array | None  # (d - k1 - k2,)
+    d: jax.Array | None  # (k2, d - k1 - k2)
+    e: jax.Array | None  # (k2, k2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +145,7 @@ def _trim(*parts: jax.Array) -> HierarchicalParts:
     return HierarchicalParts(*(x if x.size else None for x in parts))
 
 
-@dataclasses.dataclass(frozen=True)
-class Bordered(Structure):
+class Bordered(Hierarchical):
     """A diagonal and ``k`` dense columns: (k + 1) d - k numbers.
 
     Upper triangular ``[[diag(c), B], [0, E]]``, or with ``lower``, ``[[E, 0], [B, diag(c)]]``; a
@@ -162,33 +153,17 @@ class Bordered(Structure):
     :class:`Hierarchical` matrices with ``k1 = 0`` or ``k2 = 0``.
     """
 
-    k: int = 1
-    lower: bool = True
-
-    def __post_init__(self):
-        if self.k < 1:
-            raise ValueError(f"rank-k structures need k >= 1, got {self.k}")
+    def __init__(self, k: int = 1, lower: bool = True):
+        if k < 1:
+            raise ValueError(f"rank-k structures need k >= 1, got {k}")
+        super().__init__(*((k, 0) if lower else (0, k)))
 
     @property
     def name(self) -> str:
-        return f"{'tril_bottom_right' if self.lower else 'triu_top_left'}_diag:{self.k}"
-
-    @property
-    def _rows(self) -> Hierarchical:
-        """The structure of the transposes."""
-        return Hierarchical(self.k, 0) if self.lower else Hierarchical(0, self.k)
-
-    def identity(self, d: int, dtype: Any) -> HierarchicalParts:
-        return self._rows.identity(d, dtype)
+        return f"{'tril_bottom_right' if self.k1 else 'triu_top_left'}_diag:{self.k1 + self.k2}"
 
     def to_dense(self, k: HierarchicalParts) -> jax.Array:
-        return self._rows.to_dense(k).T
-
-    def project_dense(self, m: jax.Array) -> HierarchicalParts:
-        return self._rows.project_dense(m)
-
-    def project_gram(self, s: jax.Array) -> HierarchicalParts:
-        return self._rows.project_gram(s)
+        return super().to_dense(k).T
 
     def ktk(self, k: HierarchicalParts) -> HierarchicalParts:
         a, b, c, d, e = _fill(k)  # a and b, or d and e, are empty
@@ -196,16 +171,10 @@ class Bordered(Structure):
         return _trim(leading, 2 * b * c[None] if a.size else b, c * c, 2 * d * c[None], trailing)
 
     def matmul(self, k: HierarchicalParts, n: HierarchicalParts) -> HierarchicalParts:
-        return self._rows.matmul(n, k)
+        return super().matmul(n, k)
 
     def apply(self, k: HierarchicalParts, x: jax.Array) -> jax.Array:
-        return self._rows.apply_transposed(k, x)
+        return super().apply_transposed(k, x)
 
     def apply_transposed(self, k: HierarchicalParts, x: jax.Array) -> jax.Array:
-        return self._rows.apply(k, x)
-
-    def average(self, k: HierarchicalParts) -> jax.Array:
-        return self._rows.average(k)
-
-    def subtract_identity(self, k: HierarchicalParts) -> HierarchicalParts:
-        return self._rows.subtract_identity(k)
+        return super().apply(k, x)

@@ -10,8 +10,24 @@ from kradagrad_jax.linalg.products import matmul
 from kradagrad_jax.linalg.structures.base import Structure, wide
 
 
+class _Full(Structure):
+    """Structures whose products are those of dense matrices."""
+
+    def project_gram(self, s: jax.Array) -> jax.Array:
+        return self.project_dense(matmul(s, s.T))
+
+    def ktk(self, k: jax.Array) -> jax.Array:
+        return self.project_gram(self.to_dense(k).T)
+
+    def apply(self, k: jax.Array, x: jax.Array) -> jax.Array:
+        return matmul(self.to_dense(k), x)
+
+    def apply_transposed(self, k: jax.Array, x: jax.Array) -> jax.Array:
+        return matmul(self.to_dense(k).T, x)
+
+
 @dataclasses.dataclass(frozen=True)
-class Dense(Structure):
+class Dense(_Full):
     """All matrices, kept as (d, d) arrays: d^2 numbers."""
 
     @property
@@ -27,20 +43,8 @@ class Dense(Structure):
     def project_dense(self, m: jax.Array) -> jax.Array:
         return m
 
-    def project_gram(self, s: jax.Array) -> jax.Array:
-        return matmul(s, s.T)
-
-    def ktk(self, k: jax.Array) -> jax.Array:
-        return matmul(k.T, k)
-
     def matmul(self, k: jax.Array, n: jax.Array) -> jax.Array:
         return matmul(k, n)
-
-    def apply(self, k: jax.Array, x: jax.Array) -> jax.Array:
-        return matmul(k, x)
-
-    def apply_transposed(self, k: jax.Array, x: jax.Array) -> jax.Array:
-        return matmul(k.T, x)
 
     def average(self, k: jax.Array) -> jax.Array:
         return jnp.mean(wide(jnp.diagonal(k)))
@@ -51,7 +55,7 @@ class Dense(Structure):
 
 
 @dataclasses.dataclass(frozen=True)
-class Triangular(Structure):
+class Triangular(_Full):
     """Lower (or upper) triangular matrices: d (d + 1) / 2 numbers.
 
     The triangle is kept in rectangular full packed format: its last columns, transposed, fill the
@@ -76,23 +80,9 @@ class Triangular(Structure):
         packed = pack(m)
         return jnp.where(_on_diagonal(packed.shape), packed, 2 * packed)
 
-    def project_gram(self, s: jax.Array) -> jax.Array:
-        return self.project_dense(matmul(s, s.T))
-
-    def ktk(self, k: jax.Array) -> jax.Array:
-        full = self.to_dense(k)
-        return self.project_dense(matmul(full.T, full))
-
     def matmul(self, k: jax.Array, n: jax.Array) -> jax.Array:
-        if self.lower:
-            return pack(matmul(unpack(k), unpack(n)))
-        return pack(matmul(unpack(n), unpack(k)))
-
-    def apply(self, k: jax.Array, x: jax.Array) -> jax.Array:
-        return matmul(self.to_dense(k), x)
-
-    def apply_transposed(self, k: jax.Array, x: jax.Array) -> jax.Array:
-        return matmul(self.to_dense(k).T, x)
+        first, second = (k, n) if self.lower else (n, k)
+        return pack(matmul(unpack(first), unpack(second)))
 
     def average(self, k: jax.Array) -> jax.Array:
         on = _on_diagonal(k.shape)

@@ -42,8 +42,7 @@ class Diagonal(Structure):
     def apply(self, k: jax.Array, x: jax.Array) -> jax.Array:
         return k[:, None] * x
 
-    def apply_transposed(self, k: jax.Array, x: jax.Array) -> jax.Array:
-        return k[:, None] * x
+    apply_transposed = apply
 
     def average(self, k: jax.Array) -> jax.Array:
         return jnp.mean(wide(k))
@@ -53,15 +52,10 @@ class Diagonal(Structure):
 
 
 class Blocks(NamedTuple):
-    """Numbers of a block-diagonal matrix.
+    """Numbers of a block-diagonal matrix."""
 
-    Attributes:
-      equal: (count, size, size) blocks; None where d is smaller than one block.
-      last: (d % size, d % size) block; None where nothing is left over.
-    """
-
-    equal: jax.Array | None
-    last: jax.Array | None
+    equal: jax.Array | None  # (count, size, size) blocks; None where d is smaller than one block
+    last: jax.Array | None  # (d % size, d % size) block; None where nothing is left over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,19 +88,13 @@ class BlockDiagonal(Structure):
         equal = x[: count * self.size].reshape(count, self.size, x.shape[1]) if count else None
         return Blocks(equal, x[count * self.size :] if rest else None)
 
-    @staticmethod
-    def _join(parts: Blocks) -> jax.Array:
-        rows = [] if parts.equal is None else [parts.equal.reshape(-1, parts.equal.shape[-1])]
-        return jnp.concatenate(rows if parts.last is None else [*rows, parts.last])
-
     def identity(self, d: int, dtype: Any) -> Blocks:
         count, rest = divmod(d, self.size)
         equal = jnp.tile(jnp.eye(self.size, dtype=dtype), (count, 1, 1)) if count else None
         return Blocks(equal, jnp.eye(rest, dtype=dtype) if rest else None)
 
     def to_dense(self, k: Blocks) -> jax.Array:
-        blocks = [] if k.equal is None else list(k.equal)
-        blocks += [] if k.last is None else [k.last]
+        blocks = [b for x in jax.tree.leaves(k) for b in x.reshape(-1, *x.shape[-2:])]
         d = sum(len(b) for b in blocks)
         out, start = jnp.zeros((d, d), blocks[0].dtype), 0
         for b in blocks:
@@ -132,10 +120,11 @@ class BlockDiagonal(Structure):
         return self._each(matmul, k, n)
 
     def apply(self, k: Blocks, x: jax.Array) -> jax.Array:
-        return self._join(self._each(matmul, k, self._split(x)))
+        parts = self._each(matmul, k, self._split(x))
+        return jnp.concatenate([y.reshape(-1, x.shape[1]) for y in jax.tree.leaves(parts)])
 
     def apply_transposed(self, k: Blocks, x: jax.Array) -> jax.Array:
-        return self._join(self._each(lambda b, y: matmul(b.T, y), k, self._split(x)))
+        return self.apply(self._each(jnp.transpose, k), x)
 
     def average(self, k: Blocks) -> jax.Array:
         diagonals = [jnp.diagonal(x, axis1=-2, axis2=-1).reshape(-1) for x in jax.tree.leaves(k)]
