@@ -14,6 +14,7 @@ from kradagrad_jax.alias import rs_kfac as rs_kfac
 from kradagrad_jax.alias import shampoo as shampoo
 from kradagrad_jax.alias import singd as singd
 from kradagrad_jax.alias import sirfshampoo as sirfshampoo
+from kradagrad_jax.alias import soap as soap
 from kradagrad_jax.alias import sre_kfac as sre_kfac
 from kradagrad_jax.alias import tnt as tnt
 from kradagrad_jax.engine import BlockState as BlockState
@@ -55,6 +56,7 @@ from kradagrad_jax.transforms import scale_by_rs_kfac as scale_by_rs_kfac
 from kradagrad_jax.transforms import scale_by_shampoo as scale_by_shampoo
 from kradagrad_jax.transforms import scale_by_singd as scale_by_singd
 from kradagrad_jax.transforms import scale_by_sirfshampoo as scale_by_sirfshampoo
+from kradagrad_jax.transforms import scale_by_soap as scale_by_soap
 from kradagrad_jax.transforms import scale_by_sre_kfac as scale_by_sre_kfac
 from kradagrad_jax.transforms import scale_by_tnt as scale_by_tnt
 from kradagrad_jax.transforms import tnt_rates as tnt_rates

@@ -23,6 +23,7 @@ from kradagrad_jax.transforms.lowrank import (
 from kradagrad_jax.transforms.shampoo import scale_by_shampoo
 from kradagrad_jax.transforms.singd import scale_by_ikfac, scale_by_ingd, scale_by_singd
 from kradagrad_jax.transforms.sirfshampoo import scale_by_sirfshampoo
+from kradagrad_jax.transforms.soap import scale_by_soap
 from kradagrad_jax.transforms.tnt import scale_by_tnt
 
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -260,6 +261,11 @@ sirfshampoo = _alias(
     "SIRFShampoo (arXiv 2402.03496): Shampoo without root and inverse, structured factors.",
     _BLOCKS.replace("1e-2, ", "1e-2, batch_size=4, "),
     coupled=True,
+)
+soap = _alias(
+    scale_by_soap,
+    "SOAP (arXiv 2409.11321): Adam in the eigenbasis of Shampoo's statistics.",
+    _BLOCKS,
 )
 tnt = _alias(
     scale_by_tnt,

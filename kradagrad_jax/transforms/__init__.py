@@ -19,6 +19,7 @@ from kradagrad_jax.transforms.singd import scale_by_ikfac as scale_by_ikfac
 from kradagrad_jax.transforms.singd import scale_by_ingd as scale_by_ingd
 from kradagrad_jax.transforms.singd import scale_by_singd as scale_by_singd
 from kradagrad_jax.transforms.sirfshampoo import scale_by_sirfshampoo as scale_by_sirfshampoo
+from kradagrad_jax.transforms.soap import scale_by_soap as scale_by_soap
 from kradagrad_jax.transforms.tnt import scale_by_tnt as scale_by_tnt
 from kradagrad_jax.transforms.tnt_tools import tnt_rates as tnt_rates
 from kradagrad_jax.transforms.tnt_tools import tnt_warm_start as tnt_warm_start

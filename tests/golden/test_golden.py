@@ -26,6 +26,7 @@ from tests.golden import (
     qng,
     singd,
     sirfshampoo,
+    soap,
     tnt,
 )
 from tests.golden.case import Case
@@ -61,7 +62,7 @@ def build(file: Recorded, params: dict[str, jax.Array]) -> Case:
 # Families whose statistics are not gradients: `errors_of(raw)`, `tolerance_of(raw)`.
 FAMILIES = {
     name: module
-    for module in (kfac, brand, tnt, ginger, qng, singd, sirfshampoo)
+    for module in (kfac, brand, tnt, ginger, qng, singd, sirfshampoo, soap)
     for name in module.METHODS
 }
 
