@@ -30,7 +30,8 @@ class SoapFactor(NamedTuple):
       statistics: per mode S ``(n_i, n_i)``: average of the gradient's Gram matrices.
       bases: per mode Q ``(n_i, n_i)``: approximate eigenvectors of S in columns.
       energies: per mode ``(n_i,)``: diagonal of ``Q^T S Q``; None where no direction is masked.
-      mean: average of gradients, of the block's shape; None where the engine keeps it.
+      mean: average of gradients, of the block's shape; None where there is none, or the engine
+        keeps it.
       squares: average of squares of the rotated gradient, of the block's shape.
     """
 
@@ -67,6 +68,7 @@ def soap_method(o: SoapOptions) -> BlockMethod:
     steps before, and the first statistic makes the basis alone. With ``"first"`` it refreshes
     first, averages the gradients, and squares are taken in the new basis.
     """
+    last = o.order == "last"
 
     def init(shape: tuple[int, ...], dtype: Any, factored: Factored = None) -> SoapFactor:
         kept = (True,) * len(shape) if factored is None else tuple(factored)
@@ -74,11 +76,10 @@ def soap_method(o: SoapOptions) -> BlockMethod:
             on_modes(lambda n: jnp.zeros((n, n), dtype), shape, kept),
             on_modes(lambda n: jnp.eye(n, dtype=dtype), shape, kept),
             on_modes(lambda n: jnp.zeros(n, dtype), shape, [o.mask and has for has in kept]),
-            jnp.zeros(shape, dtype) if o.order == "last" else None,
+            jnp.zeros(shape, dtype) if last and o.beta1 is not None else None,
             jnp.zeros(shape, dtype),
         )
 
-    last = o.order == "last"
     return BlockMethod(
         init=init,
         accumulate=lambda f, g, step: _fold(o, f, g, step),
@@ -96,13 +97,13 @@ def _fold(o: SoapOptions, f: SoapFactor, g: jax.Array, step: Step) -> SoapFactor
     if o.order == "first":
         return f._replace(statistics=statistics)
     later = step.statistics > 1  # the first gradient makes the basis and is in neither moment
-    b1 = jnp.asarray(o.beta1, g.dtype)
+    mean = f.mean
+    if mean is not None:
+        b1 = jnp.asarray(o.beta1, g.dtype)
+        mean = jnp.where(later, b1 * mean + (1 - b1) * g, mean)
     moved = _fold_squares(o, f, turned(g, f.bases))
-    return moved._replace(
-        statistics=statistics,
-        mean=jnp.where(later, b1 * f.mean + (1 - b1) * g, f.mean),
-        squares=jnp.where(later, moved.squares, f.squares),
-    )
+    squares = jnp.where(later, moved.squares, f.squares)
+    return moved._replace(statistics=statistics, mean=mean, squares=squares)
 
 
 def _fold_squares(o: SoapOptions, f: SoapFactor, x: jax.Array) -> SoapFactor:
@@ -158,8 +159,8 @@ def _energies(f: SoapFactor, bases: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _apply_last(o: SoapOptions, f: SoapFactor, g: jax.Array, step: Step) -> jax.Array:
     """The mean, which holds the gradient already; nothing while there is no other gradient."""
-    del g
-    x = turned(f.mean, f.bases)
+    mean = jnp.where(step.statistics > 1, g, 0) if f.mean is None else f.mean
+    x = turned(mean, f.bases)
     u = whitened(x, f.squares, o.eps, o.eps_rule)
     u = limited(multiply_modes(live(u, f.energies), f.bases), o.normalize_grads)
     if o.bias_correction:
@@ -178,6 +179,6 @@ def _apply_first(o: SoapOptions, f: SoapFactor, g: jax.Array, step: Step) -> jax
 
 
 def moment_correction(beta1: Any, beta2: Any, number: jax.Array, dtype: Any) -> jax.Array:
-    """``sqrt(1 - beta2^t) / (1 - beta1^t)``, t the number of gradients that are in the moments."""
-    first, second = (total_weight(b, number, dtype) for b in (beta1, beta2))
-    return jnp.sqrt(second) / first
+    """``sqrt(1 - beta2^t) / (1 - beta1^t)``; t gradients are in the moments, None is no moment."""
+    second = jnp.sqrt(total_weight(beta2, number, dtype))
+    return second if beta1 is None else second / total_weight(beta1, number, dtype)

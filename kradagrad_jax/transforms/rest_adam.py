@@ -13,7 +13,13 @@ from kradagrad_jax.factors.soap import moment_correction
 
 
 class RestState(NamedTuple):
-    """Number of gradients, their average and that of their squares (float32 or better)."""
+    """Averages for :func:`rest_adam`, in float32 or better; empty parameters have none.
+
+    Attributes:
+      count: number of gradients.
+      mean: their average; None where there is none.
+      squares: that of their squares.
+    """
 
     count: jax.Array
     mean: Any
@@ -32,43 +38,56 @@ def rest_adam(
     """Adam, or what it becomes in the official SOAP where nothing is rotated.
 
     Args:
-      beta1, beta2, eps: as Adam's.
+      beta1, beta2, eps: as Adam's; without the average of gradients where ``beta1`` is None.
       late: the first gradient gives no step and is in neither average; epsilon is added before
         the bias correction.
       bias_correction: whether there is one.
-      normalize: steps have a root mean square of one.
+      normalize: divides by the root mean square.
     """
 
+    def zeros(params: Any) -> Any:
+        def one(p: jax.Array) -> Any:
+            return jnp.zeros(p.shape, factor_dtype_of(p.dtype)) if p.size else optax.MaskedNode()
+
+        return jax.tree.map(one, params)
+
     def init(params: Any) -> RestState:
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, factor_dtype_of(p.dtype)), params)
-        return RestState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
+        mean = None if beta1 is None else zeros(params)
+        return RestState(jnp.zeros((), jnp.int32), mean, zeros(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, RestState]:
         del params
         count = state.count + 1
         used = (count > 1) if late else True
 
-        def average(beta: Any, old: jax.Array, new: jax.Array) -> jax.Array:
-            b = jnp.asarray(beta, old.dtype)
-            return jnp.where(used, b * old + (1 - b) * new.astype(old.dtype), old)
+        def average(beta: Any, old: Any, g: jax.Array, square: bool) -> Any:
+            if not g.size:
+                return old
+            b, g = jnp.asarray(beta, old.dtype), g.astype(old.dtype)
+            return jnp.where(used, b * old + (1 - b) * (g * g if square else g), old)
 
-        mean = jax.tree.map(lambda m, g: average(beta1, m, g), state.mean, updates)
-        squares = jax.tree.map(
-            lambda v, g: average(beta2, v, jnp.square(g.astype(v.dtype))), state.squares, updates
-        )
-
-        def direction(m: jax.Array, v: jax.Array) -> jax.Array:
-            first, second = (total_weight(b, count, m.dtype) for b in (beta1, beta2))
-            if not bias_correction:
-                first = second = jnp.ones((), m.dtype)
+        def direction(g: jax.Array, v: Any, m: Any) -> jax.Array:
+            if not g.size:
+                return g
+            m = jnp.where(used, g.astype(v.dtype), 0) if m is None else m
+            if late or not bias_correction:
+                u = limited(whitened(m, v, eps, "absolute"), normalize)
+                if not bias_correction:
+                    return u
+                return u * moment_correction(beta1, beta2, count - 1, m.dtype)
+            first = 1 if beta1 is None else total_weight(beta1, count, m.dtype)
+            second = total_weight(beta2, count, m.dtype)
             return limited(whitened(m / first, v / second, eps, "absolute"), normalize)
 
-        def late_direction(m: jax.Array, v: jax.Array) -> jax.Array:
-            u = limited(whitened(m, v, eps, "absolute"), normalize)
-            scale = moment_correction(beta1, beta2, count - 1, m.dtype) if bias_correction else 1
-            return u * scale
-
-        take = late_direction if late else direction
-        return jax.tree.map(take, mean, squares), RestState(count, mean, squares)
+        gs, treedef = jax.tree.flatten(updates)
+        vs = treedef.flatten_up_to(state.squares)
+        vs = [average(beta2, v, g, True) for v, g in zip(vs, gs, strict=True)]
+        ms: list[Any] = [None] * len(gs)
+        if beta1 is not None:
+            ms = treedef.flatten_up_to(state.mean)
+            ms = [average(beta1, m, g, False) for m, g in zip(ms, gs, strict=True)]
+        out = [direction(g, v, m) for g, v, m in zip(gs, vs, ms, strict=True)]
+        mean = None if beta1 is None else treedef.unflatten(ms)
+        return treedef.unflatten(out), RestState(count, mean, treedef.unflatten(vs))
 
     return optax.GradientTransformation(init, update)

@@ -94,7 +94,8 @@ def scale_by_soap(
         parameters whose modes are all longer than 10000 get Adam without its first gradient.
         ``"basis_first"``: eigenvalue-corrected Shampoo of facebookresearch/optimizers. Arguments
         that are given override the preset.
-      beta1: decay of the average of gradients, 0.95.
+      beta1: decay of the average of gradients, 0.95; ``"none"``: the gradient itself, without the
+        memory for it.
       beta2: decay of the squares, 0.95. Below ``beta1**2`` steps grow once gradients stop.
       shampoo_beta: decay b of the statistics; exactly 1 sums them. None: ``beta2``.
       eps: see ``eps_rule``. Recommended: 1e-5, official: 1e-8.
@@ -145,7 +146,7 @@ def scale_by_soap(
       `George et al. <https://arxiv.org/abs/1806.03884>`_, 2018.
     """
     given = {k: v for k, v in locals().items() if k != "preset"}
-    c = choose(preset, PRESETS, given)
+    c = choose(preset, PRESETS, given, may_be_off=("beta1",))
     check_choice("basis", c["basis"], ("qr", "eigh", "tracked"))
     check_choice("order", c["order"], ("last", "first"))
     check_choice("eps_rule", c["eps_rule"], ("relative", "absolute"))
