@@ -8,6 +8,8 @@ from kradagrad_jax.alias import ginger as ginger
 from kradagrad_jax.alias import ikfac as ikfac
 from kradagrad_jax.alias import ingd as ingd
 from kradagrad_jax.alias import kfac as kfac
+from kradagrad_jax.alias import kl_shampoo as kl_shampoo
+from kradagrad_jax.alias import kl_soap as kl_soap
 from kradagrad_jax.alias import kradagrad as kradagrad
 from kradagrad_jax.alias import kradagrad_star as kradagrad_star
 from kradagrad_jax.alias import rs_kfac as rs_kfac
@@ -50,6 +52,8 @@ from kradagrad_jax.transforms import scale_by_ginger as scale_by_ginger
 from kradagrad_jax.transforms import scale_by_ikfac as scale_by_ikfac
 from kradagrad_jax.transforms import scale_by_ingd as scale_by_ingd
 from kradagrad_jax.transforms import scale_by_kfac as scale_by_kfac
+from kradagrad_jax.transforms import scale_by_kl_shampoo as scale_by_kl_shampoo
+from kradagrad_jax.transforms import scale_by_kl_soap as scale_by_kl_soap
 from kradagrad_jax.transforms import scale_by_kradagrad as scale_by_kradagrad
 from kradagrad_jax.transforms import scale_by_kradagrad_star as scale_by_kradagrad_star
 from kradagrad_jax.transforms import scale_by_rs_kfac as scale_by_rs_kfac

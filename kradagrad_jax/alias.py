@@ -11,6 +11,7 @@ import optax
 from kradagrad_jax.engine.layers import LayerTransformation
 from kradagrad_jax.transforms.ginger import scale_by_ginger
 from kradagrad_jax.transforms.kfac import scale_by_kfac
+from kradagrad_jax.transforms.kl_shampoo import scale_by_kl_shampoo, scale_by_kl_soap
 from kradagrad_jax.transforms.kradagrad import scale_by_kradagrad, scale_by_kradagrad_star
 from kradagrad_jax.transforms.lowrank import (
     scale_by_b_kfac,
@@ -265,6 +266,16 @@ sirfshampoo = _alias(
 soap = _alias(
     scale_by_soap,
     "SOAP (arXiv 2409.11321): Adam in the eigenbasis of Shampoo's statistics.",
+    _BLOCKS,
+)
+kl_shampoo = _alias(
+    scale_by_kl_shampoo,
+    "KL-Shampoo (arXiv 2509.03378): Kronecker factors fitted in KL divergence, no grafting.",
+    _BLOCKS,
+)
+kl_soap = _alias(
+    scale_by_kl_soap,
+    "KL-SOAP (arXiv 2509.03378): Adam in the eigenbasis of KL-Shampoo's factors.",
     _BLOCKS,
 )
 tnt = _alias(

@@ -3,6 +3,8 @@
 from kradagrad_jax.transforms.ginger import scale_by_ginger as scale_by_ginger
 from kradagrad_jax.transforms.kfac import adapt_damping as adapt_damping
 from kradagrad_jax.transforms.kfac import scale_by_kfac as scale_by_kfac
+from kradagrad_jax.transforms.kl_shampoo import scale_by_kl_shampoo as scale_by_kl_shampoo
+from kradagrad_jax.transforms.kl_shampoo import scale_by_kl_soap as scale_by_kl_soap
 from kradagrad_jax.transforms.kradagrad import scale_by_kradagrad as scale_by_kradagrad
 from kradagrad_jax.transforms.kradagrad import scale_by_kradagrad_star as scale_by_kradagrad_star
 from kradagrad_jax.transforms.lowrank import scale_by_b_kfac as scale_by_b_kfac

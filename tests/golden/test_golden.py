@@ -21,6 +21,7 @@ from tests.golden import (
     facebook,
     ginger,
     kfac,
+    kl,
     official,
     precondition,
     qng,
@@ -62,7 +63,7 @@ def build(file: Recorded, params: dict[str, jax.Array]) -> Case:
 # Families whose statistics are not gradients: `errors_of(raw)`, `tolerance_of(raw)`.
 FAMILIES = {
     name: module
-    for module in (kfac, brand, tnt, ginger, qng, singd, sirfshampoo, soap)
+    for module in (kfac, brand, tnt, ginger, qng, singd, sirfshampoo, soap, kl)
     for name in module.METHODS
 }
 

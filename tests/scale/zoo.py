@@ -142,6 +142,7 @@ CASES = [
     Case("kradagrad_star", "gradients", 3e-2, _ROOTS),
     Case("kradagrad", "gradients", 3e-2, _ROOTS),
     Case("sirfshampoo", "gradients", 3e-2, {"batch_size": BATCH}),
+    Case("soap", "gradients", 3e-2, _ROOTS),
     Case("tnt", "samples", 1e-2, _ROOTS | {"damping": 0.3}),
     Case("ginger", "samples", 1e-2, {}),
     Case("kfac", "layers", 3e-2, _ROOTS),
