@@ -108,6 +108,9 @@ ENTRIES = [
     _entry("soap-tracked", "soap", 3e-2, basis="tracked", **BLOCKS),
     _entry("soap-eigh", "soap", 3e-2, basis="eigh", normalize_grads=True, **STAGGER),
     _entry("soap-first", "soap", 3e-2, preset="basis_first", basis="qr", graft="adam"),
+    _entry("kl_shampoo", "kl_shampoo", 3e-2, (SCALE_FREE, LATE)),
+    _entry("kl_shampoo-official", "kl_shampoo", 3e-2, preset="official", **BLOCKS),
+    _entry("kl_soap", "kl_soap", 3e-2, (SCALE_FREE, LATE), **STAGGER),
     _entry("tnt-empirical", "tnt", 0.5, fisher="empirical", damping=1.0),
     _entry("ginger-empirical", "ginger", 3e-2, fisher="empirical"),
     _entry("kradagrad-newton", "kradagrad", 3e-2, (MATMUL_ONLY,), root="newton", graft="none"),
@@ -129,6 +132,8 @@ CORE_NAMES = [
     "kradagrad-factored",
     "soap",
     "soap-first",
+    "kl_shampoo",
+    "kl_soap",
 ]
 
 

@@ -143,6 +143,8 @@ CASES = [
     Case("kradagrad", "gradients", 3e-2, _ROOTS),
     Case("sirfshampoo", "gradients", 3e-2, {"batch_size": BATCH}),
     Case("soap", "gradients", 3e-2, _ROOTS),
+    Case("kl_shampoo", "gradients", 3e-2, _ROOTS),
+    Case("kl_soap", "gradients", 3e-2, _ROOTS),
     Case("tnt", "samples", 1e-2, _ROOTS | {"damping": 0.3}),
     Case("ginger", "samples", 1e-2, {}),
     Case("kfac", "layers", 3e-2, _ROOTS),
