@@ -136,13 +136,18 @@ def live(x: jax.Array, energies: Matrices) -> jax.Array:
     return x
 
 
+def root_mean_square(u: jax.Array) -> jax.Array:
+    """Without squares that over- or underflow; its derivative at zero is zero."""
+    largest = jnp.max(jnp.abs(u))
+    unit = u / jnp.where(largest > 0, largest, 1)
+    return largest * jnp.sqrt(jnp.where(largest > 0, jnp.mean(unit * unit), 1))
+
+
 def limited(u: jax.Array, normalize: bool, clip: Any = None) -> jax.Array:
     """``u`` with a root mean square of one, or of at most ``clip``."""
     if not normalize and clip is None:
         return u
-    largest = jnp.max(jnp.abs(u))
-    unit = u / jnp.where(largest > 0, largest, 1)
-    rms = largest * jnp.sqrt(jnp.mean(unit * unit))
+    rms = root_mean_square(u)
     if normalize:
         return u / (1e-30 + rms)
     limit = jnp.asarray(clip, u.dtype)

@@ -14,6 +14,7 @@ from kradagrad_jax.factors.eigenbasis import (
     live,
     power_step,
     quotients,
+    root_mean_square,
     turned,
     whitened,
 )
@@ -142,10 +143,8 @@ def _fold(o: KlOptions, f: KlFactor, g: jax.Array, step: Step) -> KlFactor:
 
 
 def _scale_of(g: jax.Array, f: KlFactor) -> jax.Array:
-    """``mean(g^2)^(-1/(2j))``, j the number of modes with a factor, without squaring g."""
-    largest = jnp.max(jnp.abs(g))
-    unit = g / jnp.where(largest > 0, largest, 1)
-    rms = largest * jnp.sqrt(jnp.mean(unit * unit))
+    """``mean(g^2)^(-1/(2j))``, j the number of modes with a factor."""
+    rms = root_mean_square(g)
     j = sum(w is not None for w in f.scales)
     return jnp.where(rms > 0, rms, 1) ** (-1 / j)
 

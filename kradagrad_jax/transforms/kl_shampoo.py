@@ -206,7 +206,8 @@ def scale_by_kl_soap(
 def _build(
     preset: str, presets: dict[str, dict[str, Any]], given: dict[str, Any], adam: bool
 ) -> optax.GradientTransformationExtraArgs:
-    c = choose(preset, presets, given, may_be_off=("beta1", "clip")) | {"adam": adam}
+    c: dict[str, Any] = choose(preset, presets, given, may_be_off=("beta1", "clip"))
+    c["adam"] = adam
     check_choice("eps_rule", c["eps_rule"], ("relative", "absolute"))
     check_choice("cap_rule", c["cap_rule"], ("relative", "length", "none"))
     if isinstance(c["initial"], str):

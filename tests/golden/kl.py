@@ -109,5 +109,3 @@ def _sequential(o: kl.KlOptions, clean: Any, f: Any, g: jax.Array, step: Step) -
         scales=(scale(0, mixed), second, third),
     )
     return jax.tree.map(lambda q, n: jnp.where(step.statistics > 1, q, n), quirky, new)
-
-

@@ -191,10 +191,14 @@ def _corrected(raw: dict[str, Any], params: Tree) -> tuple[Any, kj.Layout, Step]
     how = c["eigendecomposition"]
     check_keys(how, "method max_iterations tolerance", raw["source"])
     ignored = {int(k): v for k, v in (c["ignored_basis_change_dims"] or {}).items()}
+
+    def modes(path: str, shape: tuple[int, ...]) -> tuple[bool, ...]:
+        return tuple(i not in ignored.get(len(shape), ()) for i in range(len(shape)))
+
     layout = kj.Layout(
         block_size=c["max_preconditioner_dim"], merge="none", pieces="tail", vectors="block",
         scalars="block", max_dim=None, state_limit=None, biases=None,
-        modes=lambda path, shape: tuple(i not in ignored.get(len(shape), ()) for i in range(len(shape))),
+        modes=modes,
     )  # fmt: skip
     graft = graft_of(c["grafting"], raw["source"])
     if graft.kind != "none" and reading.plan(params, layout).uncovered:

@@ -1,6 +1,7 @@
 """SOAP as a transformation (soap.md section 6, numbers in the names; sections 5 and 3.1)."""
 
 import functools
+import itertools
 
 import hypothesis.strategies as st
 import jax
@@ -109,7 +110,7 @@ def test_06_09_bases_are_orthogonal_and_change_at_refreshes_alone(basis, grads, 
     grads[0] = grads[0] + np.eye(4, 3)
     options = OFFICIAL | {"basis": basis, "refresh_every": every}
     directions, states = trajectory(SOAP, grads, **options)
-    for t, (before, after) in enumerate(zip(states[:-1], states[1:], strict=True)):
+    for t, (before, after) in enumerate(itertools.pairwise(states)):
         for old, new in zip(bases(before), bases(after), strict=True):
             defect = np.abs(new.T @ new - np.eye(len(new))).max()
             assert defect < (0.2 if basis == "tracked" else 1e-12)  # tracking restores later
