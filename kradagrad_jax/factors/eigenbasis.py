@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kradagrad_jax.factors.numbers import is_number
 from kradagrad_jax.linalg import eigh, matmul, multiply_modes, qr, refine_eigenbasis, when
 
 Matrices = Sequence[Any]  # per mode (n_i, n_i), or None
@@ -86,6 +87,8 @@ def ascending_basis(
     """
     if kind == "tracked":
         return when(first, lambda _, s: eigh(s)[1], refine_eigenbasis(s, q)[1], s)
+    if kind == "eigh" and is_number(tolerance, 0):
+        return eigh(s)[1]
     b = matmul(q.T, matmul(s, q))
     if kind == "eigh":
         return when(_is_full(b, tolerance), lambda _, s: eigh(s)[1], q, s)

@@ -203,6 +203,8 @@ def _corrected(raw: dict[str, Any], params: Tree) -> tuple[Any, kj.Layout, Step]
     graft = graft_of(c["grafting"], raw["source"])
     if graft.kind != "none" and reading.plan(params, layout).uncovered:
         raise UnknownFile(f"{raw['source']}: grafting where nothing is rotated")
+    unrotated = "adam" if c["use_bias_correction"] else "rmsprop"
+    unrotated = "adagrad" if beta2 == 1 else unrotated
     exponents = {int(k): v for k, v in (c["inverse_exponent_override"] or {}).items()}
     tx = kj.scale_by_soap(
         preset="basis_first",
@@ -215,7 +217,7 @@ def _corrected(raw: dict[str, Any], params: Tree) -> tuple[Any, kj.Layout, Step]
         exponent=exponents,
         bias_correction=c["use_bias_correction"],
         graft=graft,
-        fallback=kj.Graft("adam", beta2=beta2, eps=c["epsilon"]),
+        fallback=kj.Graft(unrotated, beta2=beta2, eps=c["epsilon"]),
         layout=layout,
         refresh_every=every,
         # without a graft the coordinates are the basis before the first refresh

@@ -74,7 +74,7 @@ def test_the_page_of_loops_has_every_alias_and_its_loop(tmp_path):
 def test_pages_of_methods_have_all_parts():
     """Equations, presets, differences from the paper, what was reproduced and what was not."""
     pages = sorted((DOCS / "methods").glob("*.md"))
-    assert len(pages) == 8
+    assert len(pages) == 10
     for page in pages:
         text = page.read_text()
         parts = (
