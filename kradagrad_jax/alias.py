@@ -12,6 +12,7 @@ from kradagrad_jax.engine.layers import LayerTransformation
 from kradagrad_jax.transforms.arguments import Public, bound, declaration_of
 from kradagrad_jax.transforms.ginger import scale_by_ginger
 from kradagrad_jax.transforms.kfac import scale_by_kfac
+from kradagrad_jax.transforms.kl_shampoo import scale_by_kl_shampoo, scale_by_kl_soap
 from kradagrad_jax.transforms.kradagrad import scale_by_kradagrad, scale_by_kradagrad_star
 from kradagrad_jax.transforms.lowrank import (
     scale_by_b_kfac,
@@ -24,6 +25,7 @@ from kradagrad_jax.transforms.lowrank import (
 from kradagrad_jax.transforms.shampoo import scale_by_shampoo
 from kradagrad_jax.transforms.singd import scale_by_ikfac, scale_by_ingd, scale_by_singd
 from kradagrad_jax.transforms.sirfshampoo import scale_by_sirfshampoo
+from kradagrad_jax.transforms.soap import scale_by_soap
 from kradagrad_jax.transforms.tnt import scale_by_tnt
 
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -146,5 +148,8 @@ ikfac = _alias(scale_by_ikfac, coupled=True)
 ingd = _alias(scale_by_ingd, coupled=True)
 singd = _alias(scale_by_singd, coupled=True)
 sirfshampoo = _alias(scale_by_sirfshampoo, coupled=True)
+soap = _alias(scale_by_soap)
+kl_shampoo = _alias(scale_by_kl_shampoo)
+kl_soap = _alias(scale_by_kl_soap)
 tnt = _alias(scale_by_tnt)
 ginger = _alias(scale_by_ginger)

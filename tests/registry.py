@@ -14,6 +14,7 @@ import pytest
 import kradagrad_jax as kj
 
 MATMUL_ONLY = "matmul_only"  # claims that no factorisation primitive is in its program
+LATE = "late"  # the first gradient makes no step, only the first basis
 SCALE_FREE = "scale_free"  # claims that scaling all gradients leaves the updates as they are
 
 
@@ -102,6 +103,14 @@ ENTRIES = [
     _entry("kradagrad-official", "kradagrad", 0.3, preset="official"),
     _entry("kradagrad-factored", "kradagrad", 3e-2, form="factored", **BLOCKS),
     _entry("sirfshampoo", "sirfshampoo", 3e-2, (MATMUL_ONLY,), batch_size=8),
+    _entry("soap", "soap", 3e-2, (SCALE_FREE, LATE)),
+    _entry("soap-official", "soap", 3e-2, preset="official"),
+    _entry("soap-tracked", "soap", 3e-2, basis="tracked", **BLOCKS),
+    _entry("soap-eigh", "soap", 3e-2, basis="eigh", normalize_grads=True, **STAGGER),
+    _entry("soap-first", "soap", 3e-2, preset="basis_first", basis="qr", graft="adam"),
+    _entry("kl_shampoo", "kl_shampoo", 3e-2, (SCALE_FREE, LATE)),
+    _entry("kl_shampoo-official", "kl_shampoo", 3e-2, preset="official", **BLOCKS),
+    _entry("kl_soap", "kl_soap", 3e-2, (SCALE_FREE, LATE), **STAGGER),
     _entry("tnt-empirical", "tnt", 0.5, fisher="empirical", damping=1.0),
     _entry("ginger-empirical", "ginger", 3e-2, fisher="empirical"),
     _entry("kradagrad-newton", "kradagrad", 3e-2, (MATMUL_ONLY,), root="newton", graft="none"),
@@ -121,6 +130,10 @@ CORE_NAMES = [
     "star-exact",
     "star-delayed",
     "kradagrad-factored",
+    "soap",
+    "soap-first",
+    "kl_shampoo",
+    "kl_soap",
 ]
 
 

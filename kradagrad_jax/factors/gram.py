@@ -16,7 +16,7 @@ from kradagrad_jax.factors.kron import (
     roots_of,
 )
 from kradagrad_jax.factors.method import BlockMethod, Step
-from kradagrad_jax.factors.numbers import averaged
+from kradagrad_jax.factors.numbers import averaged, total_weight, weights
 from kradagrad_jax.factors.roots import make_root
 from kradagrad_jax.linalg import mode_gram, sr_update, svd_root, symmetrize, unfold, when
 
@@ -38,19 +38,6 @@ class SquareRoot:
             raise ValueError(f"SquareRoot.fold_every must be at least 1, got {self.fold_every}")
 
 
-def _weights(beta2: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Weights of the old statistic and of the new one; ``beta2 = 1`` means a sum."""
-    b = jnp.asarray(beta2, dtype)
-    return b, jnp.where(b == 1, jnp.ones_like(b), 1 - b)
-
-
-def _bias(beta2: Any, taken: jax.Array, dtype: Any) -> jax.Array:
-    """Sum of the weights of an average after ``taken`` statistics; 1 for a sum."""
-    b = jnp.asarray(beta2, dtype)
-    correction = 1 - b ** jnp.maximum(taken, 1).astype(dtype)
-    return jnp.where(b == 1, jnp.ones_like(b), correction)
-
-
 def gram_method(
     *,
     beta2: Any,
@@ -69,7 +56,7 @@ def gram_method(
         return init_kron(shape, initial, dtype, kept, how.init)
 
     def accumulate(factor: KronFactor, g: jax.Array, step: Step) -> KronFactor:
-        old, new = _weights(beta2, g.dtype)
+        old, new = weights(beta2, g.dtype)
         return factor._replace(
             statistics=per_mode(lambda i, s: old * s + new * mode_gram(g, i), factor.statistics)
         )
@@ -78,7 +65,7 @@ def gram_method(
         def one(e: Any, s: jax.Array, old: Any) -> Any:
             scale = 1.0
             if bias_correction:
-                scale = 1 / _bias(beta2, step.statistics, s.dtype)
+                scale = 1 / total_weight(beta2, step.statistics, s.dtype)
             return how.compute(symmetrize(s * scale), old, -e, step.refreshes == 0)
 
         e = shared_out(factor.statistics, exponent)
@@ -140,11 +127,11 @@ def array_method(
 
     def fold(statistics: tuple[Any, ...], pending: jax.Array, age: Any) -> tuple[Any, ...]:
         """Statistics with the pending rows in; ``age`` = how many gradients these are."""
-        old = jnp.sqrt(_weights(beta2, pending.dtype)[0] ** age)
+        old = jnp.sqrt(weights(beta2, pending.dtype)[0] ** age)
         return per_mode(lambda i, r: sr_update(old * r, _rows(pending, i)), statistics)
 
     def accumulate(factor: Any, g: jax.Array, step: Step) -> Any:
-        old, new = _weights(beta2, g.dtype)
+        old, new = weights(beta2, g.dtype)
         weighted = jnp.sqrt(new) * g
         if k == 1:
             return factor._replace(statistics=fold(factor.statistics, weighted[None], 1))
@@ -168,7 +155,7 @@ def array_method(
         def one(mode: int, r: jax.Array, e: Any) -> jax.Array:
             scale = jnp.ones((), r.dtype)
             if bias_correction:
-                scale = 1 / _bias(beta2, step.statistics, r.dtype)
+                scale = 1 / total_weight(beta2, step.statistics, r.dtype)
             return svd_root(jnp.sqrt(scale) * r, -e, **safeguard)
 
         e = shared_out(statistics, exponent)

@@ -48,3 +48,16 @@ def corrected_share(beta: Any, number: jax.Array, dtype: Any) -> jax.Array:
     plain = b == 1
     b = jnp.where(plain, 0.5, b)
     return jnp.where(plain, 1 / n, (1 - b) / (1 - b**n))
+
+
+def weights(beta2: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Weights of the old statistic and of the new one; ``beta2 = 1`` means a sum."""
+    b = jnp.asarray(beta2, dtype)
+    return b, jnp.where(b == 1, jnp.ones_like(b), 1 - b)
+
+
+def total_weight(beta2: Any, taken: jax.Array, dtype: Any) -> jax.Array:
+    """Sum of the weights of an average after ``taken`` statistics; 1 for a sum."""
+    b = jnp.asarray(beta2, dtype)
+    correction = 1 - b ** jnp.maximum(taken, 1).astype(dtype)
+    return jnp.where(b == 1, jnp.ones_like(b), correction)

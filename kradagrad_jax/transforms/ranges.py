@@ -13,6 +13,7 @@ class Range:
     text: str  # the rest of "must be .."
     holds: Callable[[Any], bool]  # whether a number is one of them
     static: bool = False  # arrays and functions are refused as well
+    words: tuple[str, ...] = ()  # allowed beside numbers
 
 
 Check = Range | tuple[str, ...]
@@ -60,6 +61,8 @@ def check(name: str, value: Any, must: Check) -> None:
     if isinstance(must, tuple):
         if not (isinstance(value, str) and value in must):
             raise ValueError(f"{name} must be one of {must}, got {value!r}")
+        return
+    if isinstance(value, str) and value in must.words:
         return
     if must.static and not isinstance(value, Real):
         raise ValueError(

@@ -172,7 +172,7 @@ def test_bfloat16_gradients_of_float32_parameters(entry):
 
 @pytest.mark.parametrize("grad_dtype", ["float32", "float64"])
 def test_gradients_of_one_dtype_for_parameters_of_two(grad_dtype):
-    """Blocks have the dtypes of the parameters: two buckets of one shape, whatever gradients are."""
+    """Blocks have the dtypes of the parameters: two buckets of one shape in any case."""
     with x64():
         params = {"a": jnp.ones((4, 3), jnp.float64), "b": jnp.ones((4, 3), jnp.float32)}
         grads = {name: jnp.ones((4, 3), grad_dtype) for name in params}

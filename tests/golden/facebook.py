@@ -29,7 +29,7 @@ def build(file: Recorded, params: dict[str, jax.Array]) -> Case:
     layout = kj.Layout(
         block_size=c["max_preconditioner_dim"], merge="none", pieces="tail", vectors="block"
     )
-    graft = _graft(c["grafting"], file.name)
+    graft = graft_of(c["grafting"], file.name)
     timing = schedule(1, 0, every, 0, start)
     timing["timing"] = kj.Timing(start=start, first_refresh=start, phase=0)
     options: dict[str, Any] = {
@@ -70,7 +70,7 @@ def _exponents(order: int, given: Any) -> Any:
     return tuple(given.get(str(i), 1 / (2 * order)) for i in range(order))
 
 
-def _graft(given: dict[str, Any] | None, name: str) -> kj.Graft:
+def graft_of(given: dict[str, Any] | None, name: str) -> kj.Graft:
     if given is None:
         return kj.Graft("none", per="block")
     check_keys(given, "type beta2 epsilon", f"{name} grafting")

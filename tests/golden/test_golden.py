@@ -21,11 +21,13 @@ from tests.golden import (
     facebook,
     ginger,
     kfac,
+    kl,
     official,
     precondition,
     qng,
     singd,
     sirfshampoo,
+    soap,
     tnt,
 )
 from tests.golden.case import Case
@@ -61,7 +63,7 @@ def build(file: Recorded, params: dict[str, jax.Array]) -> Case:
 # Families whose statistics are not gradients: `errors_of(raw)`, `tolerance_of(raw)`.
 FAMILIES = {
     name: module
-    for module in (kfac, brand, tnt, ginger, qng, singd, sirfshampoo)
+    for module in (kfac, brand, tnt, ginger, qng, singd, sirfshampoo, soap, kl)
     for name in module.METHODS
 }
 

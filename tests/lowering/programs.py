@@ -15,7 +15,10 @@ import kradagrad_jax as kj
 from kradagrad_jax import curvature
 
 LOSS = curvature.losses.softmax_cross_entropy()
-GRADIENT = ("shampoo", "kradagrad_star", "kradagrad", "sirfshampoo", "tnt", "ginger")
+GRADIENT = (
+    *("shampoo", "kradagrad_star", "kradagrad", "soap", "kl_shampoo", "kl_soap", "sirfshampoo"),
+    *("tnt", "ginger"),
+)
 LAYERS = (
     *("kfac", "rs_kfac", "sre_kfac", "b_kfac", "br_kfac", "bc_kfac", "brc_kfac"),
     *("ikfac", "ingd", "singd"),
@@ -185,6 +188,8 @@ VARIANTS = [
     variant("star-exact", "kradagrad_star", form="exact"),
     variant("star-bf16", "kradagrad_star", HALF, **_STAGGER),
     variant("kradagrad-factored", "kradagrad", form="factored"),
+    variant("soap-first", "soap", preset="basis_first", basis="qr", graft="adam"),
+    variant("soap-tracked", "soap", HALF, basis="tracked", **_STAGGER),
     variant("tnt-empirical", "tnt", fisher="empirical"),
     variant("tnt-newton", "tnt", inverse="newton"),
     variant("ginger-empirical", "ginger", fisher="empirical"),

@@ -74,7 +74,7 @@ def test_the_page_of_loops_has_every_alias_and_its_loop(tmp_path):
 def test_pages_of_methods_have_all_parts():
     """Equations, presets, differences from the paper, what was reproduced and what was not."""
     pages = sorted((DOCS / "methods").glob("*.md"))
-    assert len(pages) == 8
+    assert len(pages) == 10
     for page in pages:
         text = page.read_text()
         parts = (
@@ -136,7 +136,10 @@ def test_numbers_of_state_are_those_of_the_table():
     params = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
     batch = jax.ShapeDtypeStruct((128, 1024), jnp.float32)
     spec = curvature.inspect(lambda p, x: jnp.mean((x @ p["w"]) ** 2), params, batch)
-    gradients_alone = ("shampoo", "kradagrad_star", "kradagrad", "sirfshampoo", "tnt", "ginger")
+    gradients_alone = (
+        *("shampoo", "kradagrad_star", "kradagrad", "soap", "kl_shampoo", "kl_soap"),
+        *("sirfshampoo", "tnt", "ginger"),
+    )
 
     def numbers(name, **options):
         alias = getattr(kj, name)
@@ -144,7 +147,7 @@ def test_numbers_of_state_are_those_of_the_table():
         state = jax.eval_shape(tx.init, params)
         return sum(x.size for x in jax.tree.leaves(state)) / 1024**2
 
-    assert len(said) == 16
+    assert len(said) == 19
     for name, (default, *hierarchical) in said.items():
         assert numbers(name) == pytest.approx(default, abs=0.01), name
         if hierarchical:

@@ -26,12 +26,12 @@ OPTIONAL = ("flax", "matplotlib", "orbax", "scipy", "sklearn", "tyro", "tqdm")
 PUBLIC = """
 BlockMethod BlockState Graft Grams KronFactor Layout Online Rows Sharding Sketch SquareRoot Step
 Structure Timing adapt_damping apply_updates_stochastically b_kfac bc_kfac br_kfac brc_kfac describe
-diagnostics
-fit_state ginger ikfac ingd kfac kradagrad kradagrad_star rs_kfac scale_by_b_kfac scale_by_bc_kfac
-scale_by_blocks scale_by_br_kfac scale_by_brc_kfac scale_by_ginger scale_by_ikfac scale_by_ingd
-scale_by_kfac scale_by_kradagrad scale_by_kradagrad_star scale_by_layers scale_by_rs_kfac
-scale_by_shampoo scale_by_singd scale_by_sirfshampoo scale_by_sre_kfac scale_by_tnt shampoo singd
-sirfshampoo sre_kfac state_sharding structure tnt tnt_rates tnt_warm_start
+diagnostics fit_state ginger ikfac ingd kfac kl_shampoo kl_soap kradagrad kradagrad_star rs_kfac
+scale_by_b_kfac scale_by_bc_kfac scale_by_blocks scale_by_br_kfac scale_by_brc_kfac scale_by_ginger
+scale_by_ikfac scale_by_ingd scale_by_kfac scale_by_kl_shampoo scale_by_kl_soap scale_by_kradagrad
+scale_by_kradagrad_star scale_by_layers scale_by_rs_kfac scale_by_shampoo scale_by_singd
+scale_by_sirfshampoo scale_by_soap scale_by_sre_kfac scale_by_tnt shampoo singd sirfshampoo soap
+sre_kfac state_sharding structure tnt tnt_rates tnt_warm_start
 """
 CURVATURE = """
 CaptureSpec Curvature Layer LeafSpec Reducer Samples accumulate_curvature check curvature_vectors

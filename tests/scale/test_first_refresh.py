@@ -79,8 +79,11 @@ def faulty(alias: defaults.Default, fault: str, grads: Any, extra: Any) -> tuple
 
 
 def directions(updates: Any, normalized: bool) -> Any:
-    """As they are; or of length one: averages of the graft have seen steps of zeros."""
-    return jax.tree.map(lambda u: u / np.linalg.norm(u) if normalized else u, updates)
+    """As they are; or of length one: averages of the graft have seen steps of zeros.
+
+    The first step of SOAP and its relatives is zero: it makes the first basis.
+    """
+    return jax.tree.map(lambda u: u / (np.linalg.norm(u) or 1) if normalized else u, updates)
 
 
 def check(own: Prepared, bad: int, fault: str) -> None:

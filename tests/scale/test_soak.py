@@ -24,8 +24,9 @@ RUNAWAY = 3.0  # decades between the norms of the factors of a block
 # A sum never forgets: all of its stretches, not the calm alone, have one distribution up to scale.
 SUMS = ("kradagrad", "kradagrad_star")
 # its schedule, too, has updated the modes at other steps than a fresh one; and the mode that comes
-# first carries the scale of the gradient alone (2 * 6 decades), from the start and for good
-LEAST, APART = {"kradagrad": 0.8}, {"kradagrad": 12 + RUNAWAY}
+# first carries the scale of the gradient alone (2 * 6 decades), from the start and for good;
+# KL-Shampoo's scales are capped relative to the first gradient of the run
+LEAST, APART = {"kradagrad": 0.8, "kl_shampoo": 0.98}, {"kradagrad": 12 + RUNAWAY}
 VARIANTS = [
     ("kradagrad_star", {"beta2": 0.99}),
     ("kradagrad_star", {"beta2": 0.9, "form": "factored"}),

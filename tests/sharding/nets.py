@@ -25,6 +25,9 @@ GRADIENT = {
     "shampoo": {"layout": BLOCKS, "damping": 1e-4} | SOON,
     "kradagrad_star": {"layout": BLOCKS} | SOON,
     "kradagrad": {"layout": BLOCKS} | SOON,
+    "soap": {"layout": BLOCKS} | SOON,
+    "kl_shampoo": {"layout": BLOCKS} | SOON,
+    "kl_soap": {"layout": BLOCKS} | SOON,
     "sirfshampoo": {"batch_size": BATCH},
 }
 SAMPLED = {"tnt": {"damping": 0.1}, "ginger": {"damping": 0.1}}

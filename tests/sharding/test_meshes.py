@@ -11,7 +11,8 @@ from tests.sharding import nets
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = [
-    nets.ALIASES[:4],
+    nets.ALIASES[:3],
+    ["soap", "kl_shampoo", "kl_soap", "sirfshampoo"],
     ["tnt", "ginger", "kfac"],
     ["rs_kfac", "sre_kfac", "b_kfac"],
     ["br_kfac", "bc_kfac", "brc_kfac"],
