@@ -47,7 +47,9 @@ def rest_adam(
 
     def zeros(params: Any) -> Any:
         def one(p: jax.Array) -> Any:
-            return jnp.zeros(p.shape, factor_dtype_of(p.dtype)) if p.size else optax.MaskedNode()
+            if not p.size:
+                return optax.MaskedNode()
+            return jnp.zeros_like(p, dtype=factor_dtype_of(p.dtype))  # keeps its sharding
 
         return jax.tree.map(one, params)
 
