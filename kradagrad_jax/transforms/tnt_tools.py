@@ -40,7 +40,8 @@ def tnt_warm_start(state: Any, samples: Any, params: Any, **options: Any) -> Any
     method = tnt_method(tnt_options(c)._replace(averaging="mean"))
     layout = sampled.unmerged(c["layout"])
     rest = c["fallback"] or "identity"
-    rest = Graft(rest) if isinstance(rest, str) and rest != "identity" else rest
+    if isinstance(rest, str) and rest != "identity":
+        rest = Graft(rest)  # type: ignore[arg-type]
     options_of_engine = Options(
         method, layout, Timing(), 1, 1, "first", Graft(), rest, c["beta1"], "sum",
         c.get("factor_dtype"), None, sampled.source("tnt", c["fisher"]), None,
