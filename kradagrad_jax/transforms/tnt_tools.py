@@ -39,8 +39,11 @@ def tnt_warm_start(state: Any, samples: Any, params: Any, **options: Any) -> Any
     c = _chosen("tnt_warm_start", options)
     method = tnt_method(tnt_options(c)._replace(averaging="mean"))
     layout = sampled.unmerged(c["layout"])
+    rest = c["fallback"] or "identity"
+    if isinstance(rest, str) and rest != "identity":
+        rest = Graft(rest)  # type: ignore[arg-type]
     options_of_engine = Options(
-        method, layout, Timing(), 1, 1, "first", Graft(), "identity", None, "mean",
+        method, layout, Timing(), 1, 1, "first", Graft(), rest, c["beta1"], "sum",
         c.get("factor_dtype"), None, sampled.source("tnt", c["fisher"]), None,
     )  # fmt: skip
     zero, yes = jnp.zeros((), jnp.int32), jnp.ones((), bool)
