@@ -42,14 +42,11 @@ PRESETS["official"] = PRESETS["recommended"] | {
     "late": True,
     "layout": WHOLE,
 }
-PRESETS["basis_first"] = PRESETS["official"] | {
-    "late": False,
+PRESETS["basis_first"] = PRESETS["recommended"] | {
     "beta1": 0.9,
     "beta2": 0.99,
-    "eps": 1e-12,
     "basis": "eigh",
     "order": "first",
-    "refresh_every": 1,
 }
 
 
@@ -81,7 +78,8 @@ def scale_by_soap(c: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
       preset: ``"recommended"``: blocks, relative epsilon, null directions masked. ``"official"``:
         as nikhilvyas/SOAP: parameters as they are, absolute epsilon, no mask; vectors and
         parameters whose modes are all longer than 10000 get Adam without its first gradient.
-        ``"basis_first"``: eigenvalue-corrected Shampoo of facebookresearch/optimizers.
+        ``"basis_first"``: eigenvalue-corrected Shampoo, as facebookresearch/optimizers with
+        ``eps=1e-12, eps_rule="absolute", mask=False``.
       beta1: decay of the average of gradients; ``"none"``: the gradient itself, without the
         memory for it.
       beta2: decay of the squares. Below ``beta1**2`` steps grow once gradients stop.

@@ -214,6 +214,8 @@ def _corrected(raw: dict[str, Any], params: Tree) -> tuple[Any, kj.Layout, Step]
         beta1=beta3,
         beta2=beta2,
         eps=c["epsilon"],
+        eps_rule="absolute",
+        mask=False,
         exponent=exponents,
         bias_correction=c["use_bias_correction"],
         graft=graft,
