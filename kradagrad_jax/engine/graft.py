@@ -58,8 +58,10 @@ class Graft:
         """What is unusual about the accumulator of squares; empty for a plain average, or none."""
         if not self.adaptive:
             return ""
-        form = "sum of squares" if self.kind == "adagrad" else "squares" * self.normalize
-        return form + " of unit gradients" * self.normalize
+        unit = " of unit gradients" if self.normalize else ""
+        if self.kind == "adagrad":
+            return f"sum of squares{unit}"
+        return f"squares{unit}" if unit else ""
 
 
 def as_graft(graft: "Graft | str | None") -> Graft:

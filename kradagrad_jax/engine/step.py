@@ -19,7 +19,7 @@ from kradagrad_jax.engine.static import Options, Static, static_of
 from kradagrad_jax.engine.timing import Now
 
 Stacks = dict[str, Any]
-SMALL = 2**16  # entries of a leaf
+SMALL = 2**16  # entries; leaves without blocks up to this size are looked at together
 
 
 def update(
